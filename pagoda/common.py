@@ -1,0 +1,81 @@
+"""The ground under every floor: errors, devices, paths. Small, and free of torch at import."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# The precision names of every command (torch dtype names by what users type).
+DTYPES = {"float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "float16": "float16", "fp16": "float16"}
+
+
+class PagodaError(Exception):
+    """Something that a user can mend: one line that says what went wrong and what to do. Commands exit with code 2."""
+
+
+def cache_dir() -> Path:
+    """Where downloads live: `$PAGODA_CACHE`, else `pagoda` in the user's cache folder."""
+    if path := os.environ.get("PAGODA_CACHE"):
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pagoda"
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """`auto` takes the first accelerator that works (cuda, then mps), else the CPU. The only place that names devices."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise PagodaError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PagodaError("no CUDA device is usable here: use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise PagodaError("no MPS device is usable here: use --device cpu")
+    return device
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """A precision name (`float32`, `bf16`, `float16`) as torch's dtype."""
+    import torch
+
+    if name not in DTYPES:
+        raise PagodaError(f"unknown dtype '{name}': use one of {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[name])
+
+
+def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A clause such as `; did you mean 'pythia-14m'?`, or nothing when no known name is close."""
+    lower = {k.lower(): k for k in known}
+    close = [lower[k] for k in difflib.get_close_matches(name.lower(), lower, n=n, cutoff=0.5)]
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file or a directory beside its final place, and rename it there only when the block ends well.
+
+    Yields the temporary path. Nothing half-written is ever seen under `path`; on an error the temporary is removed.
+    An existing file is replaced at once; an existing directory must be empty.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

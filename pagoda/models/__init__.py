@@ -1,0 +1,1 @@
+"""`GPT`, the families, their layers, and checkpoints in and out."""

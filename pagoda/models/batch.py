@@ -1,0 +1,105 @@
+"""`Batch`: how a flat stream of tokens divides into sequences; and the memory that layers keep between steps.
+
+The same description serves training (no cache), prefill, decode and any mixture of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from pagoda.common import PagodaError
+
+
+@dataclass
+class Batch:
+    """S sequences that share a stream of N tokens.
+
+    positions     (N,) int64: where each token stands in its sequence
+    cu_seqlens    (S + 1,) int32: sequence s owns tokens cu_seqlens[s] to cu_seqlens[s + 1] of the stream
+    seq_lens      (S,) int32: length of each sequence so far, this step's tokens included
+    max_seqlen    the most tokens that a sequence has in this step; max_seq_len the longest sequence so far
+    With a cache:
+    cache         one entry per layer
+    slots         (N,) int64: where each token's key and value are written: page * page_size + offset
+    block_table   (S, max_pages) int32: the pages of each sequence, in order
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor
+    seq_lens: Tensor
+    max_seqlen: int
+    max_seq_len: int
+    cache: Cache | None = None
+    slots: Tensor | None = None
+    block_table: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, lengths: list[int], device: torch.device | str = "cpu", past: list[int] | None = None, **cache
+    ) -> Batch:
+        """From the number of new tokens of each sequence and of those before them (`past`, none by default)."""
+        past = past or [0] * len(lengths)
+        totals = [n + p for n, p in zip(lengths, past)]
+        positions = [torch.arange(p, t) for p, t in zip(past, totals)]
+        return cls(
+            positions=(torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)).to(device),
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(totals, dtype=torch.int32, device=device),
+            max_seqlen=max(lengths, default=0),
+            max_seq_len=max(totals, default=0),
+            **cache,
+        )
+
+    def token_lens(self) -> Tensor:
+        """(N,) int64: for each token the length of its sequence so far."""
+        return self.seq_lens.long().repeat_interleave(self.cu_seqlens.diff().long(), output_size=len(self.positions))
+
+    def last(self) -> Tensor:
+        """(S,) int64: where in the stream each sequence's last token of this step stands."""
+        return self.cu_seqlens[1:].long() - 1
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """What an attention layer asks a cache for: keys and values of `n_kv_head` heads, a page at a time."""
+
+    n_kv_head: int
+    head_size: int
+
+    def allocate(self, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
+        shape = (n_pages, page_size, self.n_kv_head, self.head_size)
+        k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if dtype != torch.int8:
+            return PagedKVCache(k, v)
+        return PagedKVCache(k, v, *(torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(2)))
+
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page of keys and values, scales included."""
+        row = self.head_size * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        return 2 * page_size * self.n_kv_head * row
+
+
+@dataclass
+class PagedKVCache:
+    """Keys and values of one layer: (n_pages, page_size, n_kv_head, head_size); int8 ones with float32 scales."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+
+class Cache:
+    """The memory of all layers, as each declares it (`cache_spec`). Who owns which page is the engine's business."""
+
+    def __init__(self, specs: list[PagedKV], n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        self.page_size, self.n_pages = page_size, n_pages
+        try:
+            self.layers = [spec.allocate(n_pages, page_size, dtype, device) for spec in specs]
+        except RuntimeError as e:  # torch's allocators raise it when memory runs out
+            gib = n_pages * sum(s.page_bytes(page_size, dtype) for s in specs) / 2**30
+            raise PagodaError(f"no memory for a key/value cache of {gib:.1f} GiB: ask for a shorter context") from e

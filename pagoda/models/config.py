@@ -1,0 +1,78 @@
+"""`Config`: what the base class needs to know about a model. Each family reads it from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Config:
+    """The shape of a transformer and the variations that several families share.
+
+    `hf` keeps the `config.json` that this was read from, for writing the model back.
+    """
+
+    # Size
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    intermediate_size: int
+    block_size: int  # the longest context, in tokens
+    n_kv_head: int = 0  # 0: as many as n_head
+    head_size: int = 0  # 0: n_embd / n_head
+
+    # Norms
+    norm: str = "rms"  # rms | layer
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # 1: the stored weight is around zero (Gemma)
+    qk_norm: bool = False  # RMS norm of every query and key head
+    post_norm: bool = False  # a second norm behind attention and MLP, before the residual (Gemma 2 and 3)
+    embd_norm: bool = False  # a norm behind the embedding (BLOOM)
+    final_norm: bool = True
+
+    # Residual stream
+    parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm(x)) in one step
+    shared_norm: bool = False  # ... with one norm for both branches
+    embd_scale: float = 1.0  # the embedding is multiplied by this
+
+    # Positions
+    positions: str = "rotary"  # rotary | learned | alibi
+    position_offset: int = 0  # added to learned positions (OPT: 2)
+    rotary_dim: int = 0  # how much of a head rotates; 0: all of it
+    rope: dict[str, Any] = field(default_factory=dict)  # rope_type, rope_theta, factor, ... (models/rope.py)
+    rope_local: dict[str, Any] | None = None  # the same for layers with a window, where it differs (Gemma 3)
+
+    # Attention
+    qkv: str = "separate"  # separate | concatenated (q then k then v) | grouped (per key head: its queries, k, v)
+    qkv_bias: bool = False
+    attn_bias: bool = False  # of the output projection
+    attn_scale: float = 0.0  # 0: 1 / sqrt(head_size)
+    attn_softcap: float = 0.0
+    windows: tuple[int, ...] = ()  # per layer: how many keys a query sees (0: all); empty: all in every layer
+
+    # MLP
+    mlp: str = "gated"  # gated | gated_fused (gate and up in one weight) | plain
+    activation: str = "silu"
+    mlp_bias: bool = False
+    n_expert: int = 0
+    n_expert_per_token: int = 0
+    moe_intermediate_size: int = 0
+    normalize_experts: bool = True  # the chosen experts' weights sum to one
+    dense_layers: tuple[int, ...] = ()  # layers with a plain MLP in a mixture-of-experts model
+
+    # Head
+    tie_embeddings: bool = False
+    head_bias: bool = False
+    logit_softcap: float = 0.0
+
+    init_std: float = 0.02
+    hf: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.rotary_dim = self.rotary_dim or self.head_size
+        self.attn_scale = self.attn_scale or self.head_size**-0.5
+        self.windows = self.windows or (0,) * self.n_layer

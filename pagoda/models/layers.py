@@ -1,0 +1,123 @@
+"""The modules that blocks are made of. They hold parameters; the arithmetic is in `pagoda.ops`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pagoda.ops.activations import activation, gated
+from pagoda.ops.linear import embedding, linear
+from pagoda.ops.moe import moe, route
+from pagoda.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`: weight (n_out, n_in)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__()
+        self.n_in, self.n_out = n_in, n_out
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.n_in}, {self.n_out}, bias={self.bias is not None}"
+
+
+class Embedding(nn.Module):
+    """Rows of weight (n_rows, n_embd) by index."""
+
+    def __init__(self, n_rows: int, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_rows, n_embd))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """`norm(x)`, or with a residual step `norm(x, delta)`, which returns (x + delta, norm(x + delta))."""
+
+    def __init__(self, n: int, eps: float, offset: float = 0.0):
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.empty(n))
+
+    def forward(self, x: Tensor, delta: Tensor | None = None):
+        if delta is None:
+            return rms_norm(x, self.weight, self.eps, self.offset)
+        return add_rms_norm(x, delta, self.weight, self.eps, self.offset)
+
+
+class LayerNorm(nn.Module):
+    """`norm(x)`, or with a residual step `norm(x, delta)`, which returns (x + delta, norm(x + delta))."""
+
+    def __init__(self, n: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(n))
+        self.bias = nn.Parameter(torch.empty(n))
+
+    def forward(self, x: Tensor, delta: Tensor | None = None):
+        if delta is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return add_layer_norm(x, delta, self.weight, self.bias, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))` (SwiGLU, GeGLU; Shazeer 2020), gate and up in weights of their own."""
+
+    def __init__(self, n_embd: int, intermediate_size: int, act: str, bias: bool):
+        super().__init__()
+        self.act = act
+        self.gate_proj = Linear(n_embd, intermediate_size, bias)
+        self.up_proj = Linear(n_embd, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act))
+
+
+class FusedGatedMLP(nn.Module):
+    """The same with gate and up in one weight, the gate's rows first (Phi-3)."""
+
+    def __init__(self, n_embd: int, intermediate_size: int, act: str, bias: bool):
+        super().__init__()
+        self.act = act
+        self.gate_up_proj = Linear(n_embd, 2 * intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(gated(gate, up, self.act))
+
+
+class PlainMLP(nn.Module):
+    """`down(act(up(x)))`."""
+
+    def __init__(self, n_embd: int, intermediate_size: int, act: str, bias: bool):
+        super().__init__()
+        self.act = act
+        self.up_proj = Linear(n_embd, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, n_embd, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activation(self.up_proj(x), self.act))
+
+
+class MoE(nn.Module):
+    """A sparse mixture of gated MLPs behind a router; the experts' weights are stacked (n_expert, rows, columns)."""
+
+    def __init__(self, n_embd: int, intermediate_size: int, act: str, n_expert: int, top_k: int, normalize: bool):
+        super().__init__()
+        self.act, self.top_k, self.normalize = act, top_k, normalize
+        self.router = Linear(n_embd, n_expert)
+        self.gate_up = nn.Parameter(torch.empty(n_expert, 2 * intermediate_size, n_embd))
+        self.down = nn.Parameter(torch.empty(n_expert, n_embd, intermediate_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts = route(self.router(x), self.top_k, self.normalize)
+        return moe(x, self.gate_up, self.down, weights, experts, self.act)

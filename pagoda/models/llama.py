@@ -1,0 +1,142 @@
+"""Llama and the many models of its shape: Llama 1 to 3.x, Code Llama, Alpaca, Vicuna, LongChat, TinyLlama, SmolLM2,
+and Mistral with its sliding window.
+
+RMS norm, rotary positions, SwiGLU, grouped heads, no biases (Touvron et al. 2023; Jiang et al. 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagoda.models.config import Config
+from pagoda.models.gpt import GPT
+from pagoda.ops.activations import HF_ACTIVATIONS
+
+
+def rope_params(hf: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+    """Rotary parameters of a config.json, in the old spelling (`rope_theta`, `rope_scaling`) or the new one."""
+    params = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    params.setdefault("rope_theta", hf.get("rope_theta", theta))
+    params.setdefault("rope_type", params.get("type", "default"))
+    if "original_max_position_embeddings" in hf:
+        params["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    return params
+
+
+# What checkpoints of Llama's layout call our modules; Qwen, Gemma and Phi-3 start from this table.
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "layers.{}.norm_1": "model.layers.{}.input_layernorm",
+    "layers.{}.attn.q_proj": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attn.k_proj": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attn.v_proj": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attn.o_proj": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.norm_2": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.gate_proj": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.mlp.up_proj": "model.layers.{}.mlp.up_proj",
+    "layers.{}.mlp.down_proj": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+
+class Llama(GPT):
+    """Llama 1 to 3.x and what follows its layout; Mistral by its sliding window."""
+
+    model_types = ("llama", "mistral")
+    architectures = ("LlamaForCausalLM", "MistralForCausalLM", "LLaMAForCausalLM")
+    names = LLAMA_NAMES
+
+    @classmethod
+    def read_config(cls, hf: dict[str, Any]) -> Config:
+        n_layer = hf["num_hidden_layers"]
+        mistral = hf.get("model_type") == "mistral"
+        window = (hf.get("sliding_window") or 0) if mistral else 0
+        bias = hf.get("attention_bias", False)
+        return Config(
+            vocab_size=hf["vocab_size"],
+            n_layer=n_layer,
+            n_head=hf["num_attention_heads"],
+            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            n_embd=hf["hidden_size"],
+            head_size=hf.get("head_dim") or 0,
+            intermediate_size=hf["intermediate_size"],
+            block_size=hf.get("max_position_embeddings", 2048),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope=rope_params(hf),
+            qkv_bias=bias,
+            attn_bias=bias,
+            mlp_bias=hf.get("mlp_bias", False),
+            windows=(window,) * n_layer,
+            activation=HF_ACTIVATIONS[hf.get("hidden_act", "silu")],
+            tie_embeddings=hf.get("tie_word_embeddings", False),
+            init_std=hf.get("initializer_range", 0.02),
+        )
+
+
+def _llama(vocab_size: int, n_layer: int, n_head: int, n_embd: int, mlp: int, context: int, **more: Any) -> dict:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab_size,
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head,
+        "num_key_value_heads": n_head,
+        "hidden_size": n_embd,
+        "intermediate_size": mlp,
+        "max_position_embeddings": context,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+_LLAMA3 = {"num_key_value_heads": 8, "rope_theta": 500000.0, "bos_token_id": 128000, "eos_token_id": 128001}
+_LLAMA31 = {
+    **_LLAMA3,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_LLAMA32 = {**_LLAMA31, "rope_scaling": {**_LLAMA31["rope_scaling"], "factor": 32.0}, "tie_word_embeddings": True}
+_MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_key_value_heads": 8}
+_SMOLLM2 = {"tie_word_embeddings": True, "rope_theta": 100000.0, "bos_token_id": 0, "eos_token_id": 0}
+
+Llama.sizes = {
+    "llama-7b": _llama(32000, 32, 32, 4096, 11008, 2048, rms_norm_eps=1e-6),
+    "llama-13b": _llama(32000, 40, 40, 5120, 13824, 2048, rms_norm_eps=1e-6),
+    "llama-30b": _llama(32000, 60, 52, 6656, 17920, 2048, rms_norm_eps=1e-6),
+    "llama-65b": _llama(32000, 80, 64, 8192, 22016, 2048, rms_norm_eps=1e-6),
+    "Llama-2-7b-hf": _llama(32000, 32, 32, 4096, 11008, 4096),
+    "Llama-2-13b-hf": _llama(32000, 40, 40, 5120, 13824, 4096),
+    "Llama-2-70b-hf": _llama(32000, 80, 64, 8192, 28672, 4096, num_key_value_heads=8),
+    "CodeLlama-7b-hf": _llama(32016, 32, 32, 4096, 11008, 16384, rope_theta=1e6),
+    "CodeLlama-13b-hf": _llama(32016, 40, 40, 5120, 13824, 16384, rope_theta=1e6),
+    "CodeLlama-34b-hf": _llama(32000, 48, 64, 8192, 22016, 16384, rope_theta=1e6, num_key_value_heads=8),
+    "Meta-Llama-3-8B": _llama(128256, 32, 32, 4096, 14336, 8192, **_LLAMA3),
+    "Meta-Llama-3-70B": _llama(128256, 80, 64, 8192, 28672, 8192, **_LLAMA3),
+    "Llama-3.1-8B": _llama(128256, 32, 32, 4096, 14336, 131072, **_LLAMA31),
+    "Llama-3.1-70B": _llama(128256, 80, 64, 8192, 28672, 131072, **_LLAMA31),
+    "Llama-3.2-1B": _llama(128256, 16, 32, 2048, 8192, 131072, **_LLAMA32, head_dim=64),
+    "Llama-3.2-3B": _llama(128256, 28, 24, 3072, 8192, 131072, **_LLAMA32, head_dim=128),
+    "vicuna-7b-v1.5": _llama(32000, 32, 32, 4096, 11008, 4096),
+    "vicuna-13b-v1.5": _llama(32000, 40, 40, 5120, 13824, 4096),
+    "longchat-7b-16k": _llama(
+        32000, 32, 32, 4096, 11008, 16384, rms_norm_eps=1e-6, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    ),
+    "TinyLlama-1.1B-Chat-v1.0": _llama(32000, 22, 32, 2048, 5632, 2048, num_key_value_heads=4),
+    "SmolLM2-135M": _llama(49152, 30, 9, 576, 1536, 8192, num_key_value_heads=3, **_SMOLLM2),
+    "SmolLM2-360M": _llama(49152, 32, 15, 960, 2560, 8192, num_key_value_heads=5, **_SMOLLM2),
+    "SmolLM2-1.7B": _llama(49152, 24, 32, 2048, 8192, 8192, **{**_SMOLLM2, "rope_theta": 130000.0}),
+    "Mistral-7B-v0.1": _llama(32000, 32, 32, 4096, 14336, 32768, **_MISTRAL, sliding_window=4096),
+    "Mistral-7B-v0.3": _llama(32768, 32, 32, 4096, 14336, 32768, **_MISTRAL, rope_theta=1e6, sliding_window=None),
+}

@@ -1,0 +1,338 @@
+"""Checkpoints in and out: Hugging Face directories, read in place and written back the same.
+
+Loading goes tensor by tensor. What already has the wanted type is a view of the memory-mapped file; what must be
+converted is copied and its pages are given back, so that memory peaks at the weights and not at twice the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pagoda.common import PagodaError, replacing
+from pagoda.models.gpt import GPT
+from pagoda.models.registry import from_hf_config
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+# Buffers that old checkpoints carry and nobody reads.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+
+
+class Checkpoint(Protocol):
+    """Named tensors in transformers' naming, whatever file they come from."""
+
+    config: dict[str, Any]
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, as a view of the mapped file wherever that is possible."""
+
+    def release(self, name: str) -> None:
+        """The tensor's pages of the file are not needed any more."""
+
+
+class SafetensorsDirectory:
+    """A Hugging Face directory: config.json and one or more *.safetensors files."""
+
+    TYPES = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._entries: dict[str, tuple[Path, torch.dtype, list[int], int, int]] = {}
+        for file in weight_files(path):
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "pt"):  # the library checks the header against the file's size
+                pass
+        except (SafetensorError, OSError) as e:
+            raise PagodaError(f"{file}: not a readable safetensors file ({e}); download or copy it again") from None
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+            self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = (8 + size + offset for offset in entry["data_offsets"])
+            if entry["dtype"] not in self.TYPES:
+                raise PagodaError(f"{file}: tensor {name} has type {entry['dtype']}, which is not supported")
+            self._entries[name] = (file, self.TYPES[entry["dtype"]], entry["shape"], start, end)
+
+    def names(self) -> set[str]:
+        return set(self._entries)
+
+    def read(self, name: str) -> Tensor:
+        file, dtype, shape, start, end = self._entries[name]
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        if start % dtype.itemsize:  # torch wants aligned views: an odd header costs a copy
+            return torch.frombuffer(bytearray(self._maps[file][start:end]), dtype=dtype).view(shape)
+        count = (end - start) // dtype.itemsize
+        return torch.frombuffer(self._maps[file], dtype=dtype, count=count, offset=start).view(shape)
+
+    def release(self, name: str) -> None:
+        file, _, _, start, end = self._entries[name]
+        release_pages(self._maps[file], start, end)
+
+
+def release_pages(mapping: mmap.mmap, start: int, end: int) -> None:
+    """Give the pages inside bytes [start, end) of a file mapping back to the system; they can be read again."""
+    if not hasattr(mapping, "madvise"):
+        return
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        mapping.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PagodaError(f"{path.parent}: no {path.name} there; a model directory needs one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise PagodaError(f"{path}: not valid JSON ({e}); download or copy it again") from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory: those of its index, or all there are."""
+    if (path / INDEX).is_file():
+        index = read_json(path / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise PagodaError(f"{path / INDEX}: it has no weight_map; download or copy it again")
+        files = [path / name for name in sorted(set(index["weight_map"].values()))]
+        absent = [f.name for f in files if not f.is_file()]
+        if absent:
+            raise PagodaError(f"{path}: {listed(absent)} of the index missing; download or copy the shards again")
+        return files
+    files = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        if pickles := sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]):
+            raise PagodaError(
+                f"{path}: only pickled weights ({pickles[0].name}), which may run code when opened; convert them where you "
+                "trust them: transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        raise PagodaError(f"{path}: no *.safetensors file there")
+    return files
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A Hugging Face directory, or a GGUF file."""
+    if path.is_dir():
+        return SafetensorsDirectory(path)
+    from pagoda.models.gguf import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trainable: bool = False,
+) -> GPT:
+    """The model in a Hugging Face directory or a GGUF file.
+
+    dtype      of all parameters; None keeps the checkpoint's own (quantized GGUF weights become bfloat16)
+    trainable  the parameters are owned and take gradients; otherwise they may be views of the mapped file
+    Raises PagodaError for what is missing, unexpected, truncated or unsupported.
+    """
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = from_hf_config(checkpoint.config, str(path))
+    fill(model, checkpoint, path, dtype, torch.device(device), owned=trainable)
+    model.tie()
+    return model.requires_grad_(trainable).train(trainable)
+
+
+def fill(
+    model: GPT, checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None, device: torch.device, owned: bool
+) -> None:
+    """Replace the meta parameters of a model by those of a checkpoint."""
+    names = checkpoint.names()
+    sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
+    wanted = {name for parts in sources.values() for name in flatten(parts)}
+    check_complete(model, path, wanted, names)
+    for param, parts in sources.items():
+        module, leaf = model.get_submodule(param.rpartition(".")[0]), param.rpartition(".")[2]
+        old = getattr(module, leaf)
+        if isinstance(parts, str):
+            tensor = checkpoint.read(parts)
+            tensor = tensor.T if is_transposed(model, param) else tensor
+        else:
+            tensor = read_experts(checkpoint, parts)
+        if tensor.shape != old.shape:
+            first = next(flatten(parts))
+            raise PagodaError(
+                f"{path}: {first} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(old.shape)}"
+            )
+        new = tensor.to(device=device, dtype=dtype or tensor.dtype).contiguous()
+        if owned and new.data_ptr() == tensor.data_ptr():
+            new = new.clone()
+        if new.data_ptr() != tensor.data_ptr():
+            del tensor
+            for name in flatten(parts):
+                checkpoint.release(name)
+        setattr(module, leaf, nn.Parameter(new, requires_grad=False))
+
+
+def checkpoint_names(model: GPT) -> dict[str, str | list[list[str]]]:
+    """Each of our parameters and what the checkpoint calls it; stacked experts: for each expert the parts of its rows."""
+    table: dict[str, str | list[list[str]]] = {}
+    for param in model.state_dict(keep_vars=True):
+        module, _, leaf = param.rpartition(".")
+        if model.config.tie_embeddings and param == "head.weight":
+            continue
+        pattern = re.sub(r"\.\d+(\.|$)", r".{}\1", module, count=1)
+        layer = re.findall(r"\.(\d+)(?:\.|$)", module)[:1]
+        if f"{pattern}.{leaf}" in model.expert_names:
+            templates = model.expert_names[f"{pattern}.{leaf}"]
+            n_expert = model.config.n_expert
+            table[param] = [[t.format(*layer, e) for t in templates] for e in range(n_expert)]
+        else:
+            table[param] = f"{model.names[pattern].format(*layer)}.{leaf}"
+    return table
+
+
+def is_transposed(model: GPT, param: str) -> bool:
+    """Whether the checkpoint stores this weight as (n_in, n_out), as GPT-2's Conv1D does."""
+    return param.endswith(".weight") and param.removesuffix(".weight").endswith(model.transposed)
+
+
+def resolve(model: GPT, parts: str | list[list[str]], names: set[str]) -> str | list[list[str]]:
+    """The names as this file has them: some checkpoints leave the base model's prefix out."""
+    if isinstance(parts, list):
+        return [[resolve(model, p, names) for p in group] for group in parts]
+    if parts not in names and model.base_prefix and parts.removeprefix(model.base_prefix) in names:
+        return parts.removeprefix(model.base_prefix)
+    return parts
+
+
+def flatten(parts: str | list[list[str]]) -> Iterator[str]:
+    if isinstance(parts, str):
+        yield parts
+    else:
+        for group in parts:
+            yield from group
+
+
+def read_experts(checkpoint: Checkpoint, parts: list[list[str]]) -> Tensor:
+    """Stack the experts' weights (n_expert, rows, columns), the parts of each one below the other."""
+    out = None
+    for e, group in enumerate(parts):
+        tensor = torch.cat([checkpoint.read(name) for name in group])
+        if out is None:
+            out = tensor.new_empty((len(parts), *tensor.shape))
+        out[e] = tensor
+        for name in group:
+            checkpoint.release(name)
+    return out
+
+
+def check_complete(model: GPT, path: Path, wanted: set[str], names: set[str]) -> None:
+    """Every weight that the model has is there, and nothing else but what is known to be of no use."""
+    problems = []
+    if missing := wanted - names:
+        problems.append(f"missing weights: {listed(list(missing))}")
+    unexpected = {n for n in names - wanted if not IGNORED.search(n)}
+    if model.config.tie_embeddings:
+        unexpected.discard(f"{model.names['head']}.weight")
+    if unexpected:
+        problems.append(f"unexpected weights: {listed(list(unexpected))}")
+    if problems:
+        raise PagodaError(f"{path}: does not match its configuration: {'; '.join(problems)}")
+
+
+def save(model: GPT, path: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a Hugging Face directory (config.json and safetensors, sharded above max_shard_bytes).
+
+    The directory appears complete or not at all; one that exists and is not empty is refused.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise PagodaError(f"{path} exists already: remove it or choose another place")
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        write_weights(model, temporary, dtype, max_shard_bytes)
+        hf = {**model.config.hf, "vocab_size": model.config.vocab_size}
+        hf.pop("torch_dtype", None)
+        hf["dtype"] = str(dtype or model.head.weight.dtype).removeprefix("torch.")
+        hf.setdefault("architectures", [model.architectures[0]])
+        (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(model: GPT, path: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    """The safetensors files, and the index when there are several. One shard is in memory at a time."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]  # our parameters in each file
+    total = size = 0
+    table = checkpoint_names(model)
+    for param in table:
+        tensor = model.get_parameter(param)
+        n_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and size + n_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(param)
+        size, total = size + n_bytes, total + n_bytes
+    weight_map = {}
+    for i, params in enumerate(shards):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {k: v for param in params for k, v in checkpoint_tensors(model, param, table[param], dtype)}
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoint_tensors(
+    model: GPT, param: str, parts: str | list[list[str]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """One of our parameters as the checkpoint's tensors, by name."""
+    tensor = model.get_parameter(param).detach()
+    if isinstance(parts, str):
+        pieces = [(parts, tensor.T if is_transposed(model, param) else tensor)]
+    else:
+        pieces = [
+            (name, piece) for group, stack in zip(parts, tensor) for name, piece in zip(group, stack.chunk(len(group)))
+        ]
+    for name, piece in pieces:
+        # save_file wants tensors that own their bytes: a piece of a stack is copied, a whole parameter is not
+        piece = piece.to("cpu", dtype or piece.dtype).contiguous()
+        yield name, piece if isinstance(parts, str) else piece.clone()

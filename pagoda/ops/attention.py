@@ -1,0 +1,113 @@
+"""Attention over a flat stream: ragged queries against ragged or paged keys and values.
+
+One operation serves training batches, packed documents, prefills and decode steps. The reference below is a loop over
+the sequences of the stream.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    max_seq_len: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v for every sequence of the stream on its own.
+
+    q            (N, n_head, head_size); query heads share key heads in groups of n_head / n_kv_head
+    k, v         without block_table: (N, n_kv_head, head_size), divided like q;
+                 with it: pages (n_pages, page_size, n_kv_head, head_size)
+    cu_seqlens   (S + 1,) int32: sequence s owns queries cu_seqlens[s] to cu_seqlens[s + 1]; max_seqlen is the longest
+    block_table  (S, max_pages) int32: the pages of each sequence, in order
+    seq_lens     (S,) int32: keys of each sequence, this step's included; its queries are the last of them;
+                 max_seq_len is the longest
+    window       a query sees the last `window` keys, itself included (0: all)
+    softcap      scores become softcap * tanh(scores / softcap) (Gemma 2; 0: off)
+    alibi        (n_head,) float32 slopes, added as slope * (key position - query position) (Press et al. 2021)
+    k_scale      (n_pages, page_size, n_kv_head) float32: what an int8 cache is multiplied by; v_scale the same
+    Returns (N, n_head, head_size) in q's dtype.
+    """
+    out = torch.empty_like(q)
+    bounds = cu_seqlens.tolist()
+    lengths = None if seq_lens is None else seq_lens.tolist()
+    for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        if start == end:
+            continue
+        if block_table is None:
+            keys, values = k[start:end], v[start:end]
+        else:
+            pages = block_table[s, : -(-lengths[s] // k.shape[1])]
+            keys = _gather(k, pages, lengths[s], k_scale, q.dtype)
+            values = _gather(v, pages, lengths[s], v_scale, q.dtype)
+        out[start:end] = _attend(q[start:end], keys, values, scale, causal, window, softcap, alibi)
+    return out
+
+
+def _gather(pages: Tensor, index: Tensor, length: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The first `length` rows (length, n_kv_head, head_size) of the pages in `index`: a view when it is one page."""
+    if len(index) == 1:
+        page = int(index)
+        rows, steps = pages[page, :length], None if scale is None else scale[page, :length]
+    else:
+        rows = pages[index].flatten(0, 1)[:length]
+        steps = None if scale is None else scale[index].flatten(0, 1)[:length]
+    return rows.to(dtype) if steps is None else (rows.float() * steps[..., None]).to(dtype)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    alibi: Tensor | None,
+) -> Tensor:
+    """One sequence: q (n_q, n_head, head_size) are the last n_q of the n_k positions of k and v."""
+    n_q, n_head, _ = q.shape
+    n_k, n_kv_head, _ = k.shape
+    group = n_head // n_kv_head
+    if window >= n_k:
+        window = 0
+    if n_q == 1 and window:  # one query sees exactly the window: no mask needed
+        k, v, n_k, window = k[-window:], v[-window:], window, 0
+    masked = causal and n_q > 1
+    if not softcap and alibi is None and not window and n_q == n_k and n_q > 1:
+        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=group > 1)[0].transpose(
+            0, 1
+        )
+
+    # Scores by one batched product over key heads: the queries of a group read their keys once.
+    grouped = q.view(n_q, n_kv_head, group, -1).permute(1, 2, 0, 3).reshape(n_kv_head, group * n_q, -1)
+    scores = (grouped @ k.permute(1, 2, 0)).float() * scale  # (n_kv_head, group * n_q, n_k)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if masked or window or alibi is not None:
+        scores = scores.view(n_kv_head, group, n_q, n_k)
+        distance = torch.arange(n_k, device=q.device) - torch.arange(n_k - n_q, n_k, device=q.device)[:, None]
+        if alibi is not None:
+            scores = scores + alibi.view(n_kv_head, group, 1, 1) * distance
+        hidden = (distance > 0) if masked else torch.zeros_like(distance, dtype=torch.bool)
+        if window:
+            hidden = hidden | (distance <= -window)
+        scores = scores.masked_fill(hidden, float("-inf")).view(n_kv_head, group * n_q, n_k)
+    weights = scores.softmax(-1).to(v.dtype)
+    y = weights @ v.transpose(0, 1)  # (n_kv_head, group * n_q, head_size)
+    return y.view(n_kv_head, group, n_q, -1).permute(2, 0, 1, 3).reshape(n_q, n_head, -1)
