@@ -1,0 +1,83 @@
+// RMS and layer norm over rows, alone or with the residual added first.
+//
+// Bound: memory. A row is read once and written once (with a residual: two reads, two writes), 2 to 4 x n x the element's
+// size; it stays in the L1 cache between the two passes. Sums are taken in W lanes, in the row's order, so a row's
+// result depends on nothing but the row.
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 14;  // elements that are worth a thread
+
+// The row that is normed: x, or x + delta rounded to T as the model's residual stream holds it, written to sum.
+template <class T> INLINE const T* residual(T* sum, const T* x, const T* delta, int64_t n) {
+  if (!delta) return x;
+  for_each_vector(n, [&](int64_t i, auto load, auto store) { store(sum + i, add(load(x + i), load(delta + i))); });
+  return sum;
+}
+
+template <class T, class F>
+void over_rows(ptr out, ptr sum, ptr x, ptr delta, int64_t rows, int64_t n, int64_t x_stride, int64_t delta_stride, F f) {
+  parallel_for(rows, GRAIN / (n + 1) + 1, [=](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+      f((T*)out + r * n, residual((T*)sum + r * n, (const T*)x + r * x_stride,
+                                  delta ? (const T*)delta + r * delta_stride : nullptr, n));
+  });
+}
+
+}  // namespace
+
+void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
+              int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset) {
+  with_float_type(dtype, [&](auto type) {
+    with_float_type(weight_dtype, [&](auto weight_type) {
+      using T = decltype(type);
+      auto w = (const decltype(weight_type)*)weight;
+      over_rows<T>(out, sum, x, delta, rows, n, x_stride, delta_stride, [=](T* y, const T* row) {
+        vf squares = zero();
+        for_each_vector(n, [&](int64_t i, auto load, auto) {
+          vf a = load(row + i);
+          squares = fma(a, a, squares);
+        });
+        vf scale = set1(1.0f / std::sqrt(reduce_add(squares) / n + float(eps)));
+        vf shift = set1(float(offset));
+        for_each_vector(n, [&](int64_t i, auto load, auto store) {
+          store(y + i, mul(mul(load(row + i), scale), add(load(w + i), shift)));
+        });
+      });
+    });
+  });
+}
+
+void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_t rows, int64_t n, int64_t x_stride,
+                int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps) {
+  with_float_type(dtype, [&](auto type) {
+    with_float_type(weight_dtype, [&](auto weight_type) {
+      using T = decltype(type);
+      auto w = (const decltype(weight_type)*)weight;
+      auto b = (const decltype(weight_type)*)bias;
+      over_rows<T>(out, sum, x, delta, rows, n, x_stride, delta_stride, [=](T* y, const T* row) {
+        vf total = zero(), squares = zero();
+        for_each_vector(n, [&](int64_t i, auto load, auto) { total = add(total, load(row + i)); });
+        vf mean = set1(reduce_add(total) / n);
+        int64_t whole = n / W * W;
+        for (int64_t i = 0; i < whole; i += W) {
+          vf a = sub(load(row + i), mean);
+          squares = fma(a, a, squares);
+        }
+        float variance = reduce_add(squares);
+        for (int64_t i = whole; i < n; i++) {
+          float a = to_float(row[i]) - reduce_max(mean);
+          variance += a * a;
+        }
+        vf scale = set1(1.0f / std::sqrt(variance / n + float(eps)));
+        for_each_vector(n, [&](int64_t i, auto load, auto store) {
+          vf a = mul(mul(sub(load(row + i), mean), scale), load(w + i));
+          store(y + i, b ? add(a, load(b + i)) : a);
+        });
+      });
+    });
+  });
+}
