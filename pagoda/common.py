@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`auto` takes the first accelerator that works (cuda, then mps), else the CPU. The only place that names devices."""
+    """`auto` takes the first accelerator that works (cuda, then mps), else the CPU. Devices are named nowhere else."""
     import torch
 
     if name == "auto":
@@ -79,3 +80,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def parse_bytes(text: str) -> int:
+    """`500MB`, `5GB`, `2GiB` or a plain number of bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise PagodaError(f"'{text}' is not a size: write 500MB, 5GB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))

@@ -56,7 +56,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         c = self.config = config
-        self.window = c.windows[layer]
+        self.window, self.scale = c.windows[layer], c.attn_scale
         if c.qkv == "separate":
             self.q_proj = Linear(c.n_embd, c.n_head * c.head_size, c.qkv_bias)
             self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_size, c.qkv_bias)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         options = dict(
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
-            scale=c.attn_scale,
+            scale=self.scale,
             window=self.window,
             softcap=c.attn_softcap,
             alibi=slopes,
@@ -159,28 +159,32 @@ class GPT(nn.Module):
     """A decoder-only language model.
 
     What a family states: `model_types` (of Hugging Face configurations), `sizes` (known models: name to config.json),
-    `read_config`, `names` (our module to the checkpoint's; `{}` stands for the layer), and for what is stored another
-    way `transposed` (modules with (n_in, n_out) weights) and `expert_names` (MoE weights stored one by one).
+    `defaults` (what transformers takes for keys that a config.json leaves out), `read_config`, and `names` (our module
+    to the checkpoint's; `{}` stands for the layer). For what is stored another way: `transposed` (modules with
+    (n_in, n_out) weights), `expert_names` (MoE weights stored one by one), `prefixes` (how else a name may begin) and
+    `ignored` (a pattern of weights that are no part of the language model).
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[tuple[str, ...]] = ()
     sizes: ClassVar[dict[str, dict[str, Any]]] = {}
+    defaults: ClassVar[dict[str, Any]] = {}
     names: ClassVar[dict[str, str]] = {}
     transposed: ClassVar[tuple[str, ...]] = ()
     expert_names: ClassVar[dict[str, tuple[str, ...]]] = {}
-    base_prefix: ClassVar[str] = ""  # what some checkpoints leave out in front of every name
+    prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()
+    ignored: ClassVar[str] = ""
     block_class: ClassVar[type[Block]] = Block
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
-        """A Hugging Face `config.json` as our `Config`."""
+        """A Hugging Face `config.json`, completed by `defaults`, as our `Config`."""
         raise NotImplementedError
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
-        self.embed = Embedding(c.vocab_size, c.n_embd)
+        self.embed = Embedding(c.vocab_size, c.n_embd, c.embd_scale)
         if c.positions == "learned":
             self.pos_embed = Embedding(c.block_size + c.position_offset, c.n_embd)
         if c.embd_norm:
@@ -228,19 +232,18 @@ class GPT(nn.Module):
         """The stream behind the last norm: (N, n_embd)."""
         x = self.embed_tokens(tokens, batch)
         angles, local_angles = self.angles(batch)
-        slopes = self.slopes.to(x.device) if self.slopes is not None else None
+        if self.slopes is not None and self.slopes.device != x.device:
+            self.slopes = self.slopes.to(x.device)
         for i, block in enumerate(self.layers):
             local = local_angles is not None and self.config.windows[i] > 0
             cache = batch.cache.layers[i] if batch.cache is not None else None
-            x = block(x, batch, local_angles if local else angles, slopes, cache)
+            x = block(x, batch, local_angles if local else angles, self.slopes, cache)
         return self.norm(x) if self.config.final_norm else x
 
     def embed_tokens(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Ids (N,) or embeddings (N, n_embd) to the start of the residual stream."""
         c = self.config
         x = tokens if tokens.is_floating_point() else self.embed(tokens)
-        if c.embd_scale != 1.0:
-            x = x * torch.tensor(c.embd_scale, dtype=x.dtype)  # rounded to x's dtype first, as Gemma was trained
         if c.positions == "learned":
             if batch.max_seq_len > c.block_size:
                 raise PagodaError(f"{batch.max_seq_len} tokens do not fit the model's context of {c.block_size}")
@@ -262,6 +265,15 @@ class GPT(nn.Module):
         logits = self.head(x)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].norm_1.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream (packed weights have types of their own)."""
+        return self.layers[0].norm_1.weight.dtype
 
     def cache_specs(self) -> list[PagedKV]:
         """The memory that each layer keeps between steps."""
@@ -292,7 +304,7 @@ class GPT(nn.Module):
         return n
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Operations of one token's forward pass at a context of seq_len: 2 per weight used, and attention's products."""
+        """Operations of a token's forward pass at a context of seq_len: 2 per weight used, and attention's."""
         c = self.config
         used = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
         for m in self.modules():

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pagoda.common import PagodaError, replacing
+from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf, release
 from pagoda.models.gpt import GPT
 from pagoda.models.registry import from_hf_config
 
@@ -30,11 +32,13 @@ class Checkpoint(Protocol):
     """Named tensors in transformers' naming, whatever file they come from."""
 
     config: dict[str, Any]
+    dtype: torch.dtype  # what its parameters become when nobody asks for another type
+    views: bool  # whether `read` gives views of the mapped file
 
     def names(self) -> set[str]: ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, as a view of the mapped file wherever that is possible."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, as a view of the mapped file wherever that is possible; dtype is what it will become."""
 
     def release(self, name: str) -> None:
         """The tensor's pages of the file are not needed any more."""
@@ -43,7 +47,8 @@ class Checkpoint(Protocol):
 class SafetensorsDirectory:
     """A Hugging Face directory: config.json and one or more *.safetensors files."""
 
-    TYPES = {
+    views = True
+    TYPES: ClassVar = {
         "F64": torch.float64,
         "F32": torch.float32,
         "F16": torch.float16,
@@ -65,6 +70,7 @@ class SafetensorsDirectory:
         self._entries: dict[str, tuple[Path, torch.dtype, list[int], int, int]] = {}
         for file in weight_files(path):
             self._open(file)
+        self.dtype = Counter(dtype for _, dtype, *_ in self._entries.values()).most_common(1)[0][0]
 
     def _open(self, file: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -89,7 +95,7 @@ class SafetensorsDirectory:
     def names(self) -> set[str]:
         return set(self._entries)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         file, dtype, shape, start, end = self._entries[name]
         if start == end:
             return torch.empty(shape, dtype=dtype)
@@ -101,6 +107,30 @@ class SafetensorsDirectory:
     def release(self, name: str) -> None:
         file, _, _, start, end = self._entries[name]
         release_pages(self._maps[file], start, end)
+
+
+class GGUFFile:
+    """A GGUF file: the configuration from its metadata, the tensors dequantized as they are read."""
+
+    views = False
+    FLOATS: ClassVar = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+    def __init__(self, path: Path):
+        gguf = read_gguf(path)
+        self.config = hf_config(gguf)
+        self._tensors = {name: (tensor, rows) for name, tensor, rows in hf_tensors(gguf)}
+        kind = gguf.tensors["token_embd.weight"].type
+        self.dtype = self.FLOATS.get(kind, torch.bfloat16)
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        tensor, rows = self._tensors[name]
+        return dequantize(tensor, dtype or self.dtype, rows)
+
+    def release(self, name: str) -> None:
+        release(self._tensors[name][0])
 
 
 def release_pages(mapping: mmap.mmap, start: int, end: int) -> None:
@@ -137,8 +167,8 @@ def weight_files(path: Path) -> list[Path]:
     if not files:
         if pickles := sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]):
             raise PagodaError(
-                f"{path}: only pickled weights ({pickles[0].name}), which may run code when opened; convert them where you "
-                "trust them: transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+                f"{path}: only pickled weights ({pickles[0].name}), which may run code when opened; convert them where "
+                "you trust them: transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
             )
         raise PagodaError(f"{path}: no *.safetensors file there")
     return files
@@ -153,9 +183,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """A Hugging Face directory, or a GGUF file."""
     if path.is_dir():
         return SafetensorsDirectory(path)
-    from pagoda.models.gguf import GGUFCheckpoint
-
-    return GGUFCheckpoint(path)
+    return GGUFFile(path)
 
 
 def load(
@@ -166,7 +194,7 @@ def load(
 ) -> GPT:
     """The model in a Hugging Face directory or a GGUF file.
 
-    dtype      of all parameters; None keeps the checkpoint's own (quantized GGUF weights become bfloat16)
+    dtype      of all parameters; None keeps the checkpoint's own (bfloat16 for a quantized GGUF file)
     trainable  the parameters are owned and take gradients; otherwise they may be views of the mapped file
     Raises PagodaError for what is missing, unexpected, truncated or unsupported.
     """
@@ -183,6 +211,7 @@ def fill(
     model: GPT, checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None, device: torch.device, owned: bool
 ) -> None:
     """Replace the meta parameters of a model by those of a checkpoint."""
+    dtype = dtype or checkpoint.dtype
     names = checkpoint.names()
     sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
     wanted = {name for parts in sources.values() for name in flatten(parts)}
@@ -191,27 +220,27 @@ def fill(
         module, leaf = model.get_submodule(param.rpartition(".")[0]), param.rpartition(".")[2]
         old = getattr(module, leaf)
         if isinstance(parts, str):
-            tensor = checkpoint.read(parts)
+            tensor = checkpoint.read(parts, dtype)
             tensor = tensor.T if is_transposed(model, param) else tensor
         else:
-            tensor = read_experts(checkpoint, parts)
+            tensor = read_experts(checkpoint, parts, dtype)
         if tensor.shape != old.shape:
             first = next(flatten(parts))
             raise PagodaError(
                 f"{path}: {first} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(old.shape)}"
             )
-        new = tensor.to(device=device, dtype=dtype or tensor.dtype).contiguous()
-        if owned and new.data_ptr() == tensor.data_ptr():
-            new = new.clone()
-        if new.data_ptr() != tensor.data_ptr():
-            del tensor
-            for name in flatten(parts):
-                checkpoint.release(name)
+        new = tensor.to(device=device, dtype=dtype).contiguous()
+        if isinstance(parts, str):
+            if owned and checkpoint.views and new.data_ptr() == tensor.data_ptr():
+                new = new.clone()
+            if new.data_ptr() != tensor.data_ptr() or not checkpoint.views:
+                checkpoint.release(parts)
+        del tensor
         setattr(module, leaf, nn.Parameter(new, requires_grad=False))
 
 
 def checkpoint_names(model: GPT) -> dict[str, str | list[list[str]]]:
-    """Each of our parameters and what the checkpoint calls it; stacked experts: for each expert the parts of its rows."""
+    """Each of our parameters and what the checkpoint calls it; stacked experts: per expert the parts of its rows."""
     table: dict[str, str | list[list[str]]] = {}
     for param in model.state_dict(keep_vars=True):
         module, _, leaf = param.rpartition(".")
@@ -234,11 +263,14 @@ def is_transposed(model: GPT, param: str) -> bool:
 
 
 def resolve(model: GPT, parts: str | list[list[str]], names: set[str]) -> str | list[list[str]]:
-    """The names as this file has them: some checkpoints leave the base model's prefix out."""
+    """The names as this file has them: some checkpoints begin them another way."""
     if isinstance(parts, list):
         return [[resolve(model, p, names) for p in group] for group in parts]
-    if parts not in names and model.base_prefix and parts.removeprefix(model.base_prefix) in names:
-        return parts.removeprefix(model.base_prefix)
+    if parts not in names:
+        for ours, theirs in model.prefixes:
+            other = theirs + parts.removeprefix(ours)
+            if parts.startswith(ours) and other in names:
+                return other
     return parts
 
 
@@ -250,13 +282,13 @@ def flatten(parts: str | list[list[str]]) -> Iterator[str]:
             yield from group
 
 
-def read_experts(checkpoint: Checkpoint, parts: list[list[str]]) -> Tensor:
+def read_experts(checkpoint: Checkpoint, parts: list[list[str]], dtype: torch.dtype | None) -> Tensor:
     """Stack the experts' weights (n_expert, rows, columns), the parts of each one below the other."""
     out = None
     for e, group in enumerate(parts):
         tensor = torch.cat([checkpoint.read(name) for name in group])
         if out is None:
-            out = tensor.new_empty((len(parts), *tensor.shape))
+            out = torch.empty((len(parts), *tensor.shape), dtype=dtype)
         out[e] = tensor
         for name in group:
             checkpoint.release(name)
@@ -269,6 +301,8 @@ def check_complete(model: GPT, path: Path, wanted: set[str], names: set[str]) ->
     if missing := wanted - names:
         problems.append(f"missing weights: {listed(list(missing))}")
     unexpected = {n for n in names - wanted if not IGNORED.search(n)}
+    if model.ignored:
+        unexpected = {n for n in unexpected if not re.search(model.ignored, n)}
     if model.config.tie_embeddings:
         unexpected.discard(f"{model.names['head']}.weight")
     if unexpected:
@@ -277,10 +311,17 @@ def check_complete(model: GPT, path: Path, wanted: set[str], names: set[str]) ->
         raise PagodaError(f"{path}: does not match its configuration: {'; '.join(problems)}")
 
 
-def save(model: GPT, path: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(
+    model: GPT,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
     """Write a Hugging Face directory (config.json and safetensors, sharded above max_shard_bytes).
 
-    The directory appears complete or not at all; one that exists and is not empty is refused.
+    `beside` writes what else belongs there, such as a tokenizer's files, given the directory. The directory appears
+    complete or not at all; one that exists and is not empty is refused.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -293,6 +334,8 @@ def save(model: GPT, path: str | Path, dtype: torch.dtype | None = None, max_sha
         hf["dtype"] = str(dtype or model.head.weight.dtype).removeprefix("torch.")
         hf.setdefault("architectures", [model.architectures[0]])
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        if beside is not None:
+            beside(temporary)
 
 
 def write_weights(model: GPT, path: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:

@@ -6,6 +6,8 @@ import importlib
 from functools import cache
 from typing import Any
 
+import torch
+
 from pagoda.common import PagodaError, did_you_mean
 from pagoda.models.gpt import GPT
 
@@ -44,10 +46,10 @@ def from_hf_config(hf: dict[str, Any], where: str = "config.json") -> GPT:
     family = family_of(hf, where)
     hf = {"model_type": family.model_types[0], **hf}
     try:
-        config = family.read_config(hf)
+        config = family.read_config({**family.defaults, **hf})
     except KeyError as e:
         raise PagodaError(f"{where}: {e} is missing; a {family.__name__} model needs it") from None
-    config.hf = hf
+    config.hf = config.hf or hf
     return family(config)
 
 
@@ -63,3 +65,9 @@ def known_config(name: str) -> dict[str, Any]:
     if key not in by_lower:
         raise PagodaError(f"unknown model name '{name}'{did_you_mean(key, known_models())} (`pagoda models` lists all)")
     return by_lower[key]
+
+
+def count_parameters(hf: dict[str, Any]) -> int:
+    """Parameters of the model that a configuration describes, without allocating it."""
+    with torch.device("meta"):
+        return from_hf_config(hf).n_params()

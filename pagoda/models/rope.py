@@ -48,7 +48,7 @@ class Rope:
         return cos[positions], sin[positions]
 
     def frequencies(self, lengths: Tensor | None = None) -> tuple[Tensor, float]:
-        """Inverse frequencies (dim / 2,), or (N, dim / 2) where they follow the lengths; and the factor on cos and sin."""
+        """Inverse frequencies (dim / 2,), or (N, dim / 2) by the lengths; and the factor on cos and sin."""
         p, dim = self.params, self.dim
         base = float(p.get("rope_theta", 10000.0))
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
@@ -113,4 +113,4 @@ def alibi_slopes(n_head: int) -> Tensor:
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_head - power)]
-    return torch.tensor(slopes, dtype=torch.float32)
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")  # a constant, also when the model is built on meta

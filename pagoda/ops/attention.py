@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.ops import cpu
+
 
 def attention(
     q: Tensor,
@@ -111,3 +113,12 @@ def _attend(
     weights = scores.softmax(-1).to(v.dtype)
     y = weights @ v.transpose(0, 1)  # (n_kv_head, group * n_q, head_size)
     return y.view(n_kv_head, group, n_q, -1).permute(2, 0, 1, 3).reshape(n_q, n_head, -1)
+
+
+def preferred_page_size(device: torch.device, longest: int) -> int:
+    """Tokens per page of a cache for sequences of up to `longest` tokens.
+
+    Small pages cost the kernel nothing. The reference reads a single page in place but must gather several, so that
+    there a sequence gets one page of its own.
+    """
+    return 64 if device.type == "cpu" and cpu.kernels is not None else longest

@@ -18,7 +18,7 @@ def linear_cross_entropy(
 
     hidden (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64, -100 where nothing is scored.
     Returns (N,) float32: the loss per token in nats, 0 where nothing is scored. At most `chunk` rows of logits exist
-    at a time, also in the backward pass, which computes them again (the idea of Wijmans et al. 2024, "Cut your losses").
+    at a time, also in the backward pass, which computes them again (as in "Cut your losses", Wijmans et al. 2024).
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, chunk)
 

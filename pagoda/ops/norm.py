@@ -1,4 +1,4 @@
-"""RMS and layer norm, alone or with the residual added first. Statistics are taken in float32, the result has x's dtype."""
+"""RMS and layer norm, alone or with the residual added first: statistics in float32, results in x's dtype."""
 
 import torch
 import torch.nn.functional as F

@@ -30,7 +30,7 @@ def store_kv(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """Write this step's keys and values (N, n_kv_head, head_size) into pages (n_pages, page_size, n_kv_head, head_size).
+    """Write keys and values (N, n_kv_head, head_size) into pages (n_pages, page_size, n_kv_head, head_size).
 
     slots (N,) int64 says where: page * page_size + offset. int8 pages keep a float32 scale per token and head,
     (n_pages, page_size, n_kv_head): the largest magnitude / 127.

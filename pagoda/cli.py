@@ -1,0 +1,230 @@
+"""The `pagoda` command: one function per subcommand, its signature and docstring are its options and its help.
+
+Results go to standard output, everything else to standard error. What a user can mend ends in one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json as json_module
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pagoda.common import PagodaError, did_you_mean
+from pagoda.engine.options import Sampling
+
+
+def generate(
+    model: str,
+    sampling: Sampling,
+    prompt: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Complete a text (no chat template is applied; `pagoda chat` does).
+
+    Args:
+        model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
+        sampling: how tokens are chosen.
+        prompt: the text to go on from; standard input without it.
+        dtype: float32, bf16, float16, or auto for the checkpoint's own.
+        device: cpu, cuda, mps, or auto for the first accelerator that is there.
+        json: print one JSON object with the text, the token ids and the figures.
+    """
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise PagodaError('no prompt: give --prompt "..." or a text on standard input')
+        prompt = sys.stdin.read()
+    from pagoda.engine.llm import LLM
+
+    llm = LLM.load(model, dtype, device)
+    if json:
+        done = llm.generate(prompt, sampling)
+        figures = dataclasses.asdict(done) | dataclasses.asdict(llm.timing)
+        print(json_module.dumps(figures, ensure_ascii=False))
+        return
+    for piece in llm.stream(prompt, sampling):
+        print(piece, end="", flush=True)
+    print()
+    note(llm.timing.summary())
+
+
+def chat(
+    model: str,
+    sampling: Sampling,
+    system: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Talk to a model. A pipe on standard input is read as one message per line.
+
+    Args:
+        model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
+        sampling: how tokens are chosen.
+        system: the instruction that opens the conversation (the template's own without it).
+        dtype: float32, bf16, float16, or auto for the checkpoint's own.
+        device: cpu, cuda, mps, or auto for the first accelerator that is there.
+    """
+    from pagoda.engine.chat import converse
+    from pagoda.engine.llm import LLM
+
+    converse(LLM.load(model, dtype, device), sampling, system)
+
+
+def models(json: bool = False) -> None:
+    """List the families and the sizes that can be built by name, with their parameter counts.
+
+    Args:
+        json: print one JSON object per size.
+    """
+    from pagoda.models.registry import count_parameters, families
+
+    for family in families():
+        rows = [(name, count_parameters(hf)) for name, hf in family.sizes.items()]
+        if json:
+            for name, n in rows:
+                print(json_module.dumps({"family": family.__name__, "name": name, "parameters": n}))
+            continue
+        print(f"{family.__name__} ({', '.join(family.model_types)})")
+        for name, n in rows:
+            print(f"  {name:40} {human_count(n):>8}")
+    if not json:
+        note("smollm2-135m-instruct is ready to use (`pagoda download`); the others are shapes, or Hub ids: org/name")
+
+
+def download(name: str) -> None:
+    """Fetch a model and print where it is.
+
+    Args:
+        name: smollm2-135m-instruct, or a Hub id (org/name), with @revision or :file.gguf behind it.
+    """
+    from pagoda.models.download import download as fetch
+
+    print(fetch(name))
+
+
+def convert(src: str, dst: Path, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
+    """Write a model as a Hugging Face directory: from GGUF, with another dtype, or sharded anew.
+
+    Args:
+        src: a name, a directory, a GGUF file or a Hub id.
+        dst: the directory to write; it must not hold anything yet.
+        dtype: float32, bf16, float16, or auto for the checkpoint's own (bf16 for quantized GGUF weights).
+        max_shard_size: the largest safetensors file, such as 500MB or 5GB.
+    """
+    from pagoda.common import parse_bytes, resolve_dtype
+    from pagoda.data.tokenizer import load_tokenizer
+    from pagoda.models.download import resolve
+    from pagoda.models.loader import load, save
+
+    size = parse_bytes(max_shard_size)
+    kind = None if dtype == "auto" else resolve_dtype(dtype)
+    path = resolve(src)
+    save(load(path, kind), dst, max_shard_bytes=size, beside=load_tokenizer(path).save)
+    print(dst)
+
+
+def env() -> None:
+    """Say what this installation runs on: versions, devices, the kernels in use."""
+    import platform
+
+    import torch
+
+    from pagoda import __version__
+    from pagoda.common import cache_dir, resolve_device
+    from pagoda.ops.cpu import kernel_path
+
+    print(f"pagoda   {__version__}")
+    print(f"python   {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"torch    {torch.__version__}, {torch.get_num_threads()} threads, device {resolve_device()}")
+    print(f"kernels  {kernel_path()}")
+    print(f"cache    {cache_dir()}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (generate, chat, models, download, convert, env)}
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def human_count(n: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if n >= size:
+            return f"{n / size:.{1 if n >= 10 * size else 2}f} {unit}"
+    return str(n)
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {inspect.getdoc(f).splitlines()[0]}" for name, f in COMMANDS.items()]
+    return "\n".join(
+        ["usage: pagoda COMMAND ...", "", "Own a large language model, from raw text to a served assistant.", ""]
+        + ["commands:", *lines, "", "`pagoda COMMAND --help` says more."]
+    )
+
+
+def run(name: str, args: list[str]) -> None:
+    """Parse the arguments of a command by its signature, and call it."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    function = COMMANDS[name]
+    parser = ArgumentParser(prog=f"pagoda {name}", description=inspect.getdoc(function).split("\nArgs:")[0].strip())
+    parser.exit_on_error = False
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    parser.add_function_arguments(function, as_positional=True, skip={"sampling"}, as_group=False)
+    parameters = inspect.signature(function).parameters
+    if "sampling" in parameters:
+        parser.add_class_arguments(Sampling, as_group=False)
+    flags = {f"--{name}" for name, p in parameters.items() if p.annotation == "bool"} | {"--ignore_eos"}
+    for i, (arg, value) in enumerate(zip(args, [*args[1:], ""])):
+        if arg in flags and value not in ("true", "false"):
+            args[i] = f"{arg}=true"  # --json alone means --json true
+        elif arg == "--stop" and not value.startswith("["):
+            args[i] = "--stop+"  # --stop A --stop B are two stop texts
+    try:
+        options = vars(parser.parse_args(args))
+    except ArgumentError as e:
+        raise PagodaError(" ".join(str(e).split()) + f" (`pagoda {name} --help` lists the options)") from None
+    options.pop("config", None)
+    if "sampling" in parameters:
+        sampling = {f.name: options.pop(f.name) for f in dataclasses.fields(Sampling)}
+        options["sampling"] = Sampling(**sampling)
+    function(**options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: returns the exit code (0; 2 for what a user can mend; 130 when interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from pagoda import __version__
+
+        print(f"pagoda {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            close = did_you_mean(argv[0], COMMANDS)
+            raise PagodaError(f"unknown command '{argv[0]}'{close} (`pagoda --help` lists all)")
+        run(argv[0], argv[1:])
+        sys.stdout.flush()
+    except PagodaError as e:
+        note(f"pagoda: {e}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
