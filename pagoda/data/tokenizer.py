@@ -263,7 +263,7 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # None stands for GPT-2's, which `tokenizers` has built in. SmolLM's own tokenizer splits digits off first, which
-# differs for two or more spaces before a digit only; transformers reads a GGUF file without that, and the ids here are its ids.
+# differs for two or more spaces before a digit only; transformers, reading a GGUF file, does not, and we follow it.
 PRE_TOKENIZERS = dict.fromkeys(("default", "gpt-2", "smollm", "phi-2", "olmo", "mpt"), None)
 PRE_TOKENIZERS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"), _LLAMA3)
 PRE_TOKENIZERS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2)
