@@ -1,14 +1,113 @@
-"""The product with a weight matrix, and the lookup of its rows."""
+"""The product with a weight matrix, and the lookup of its rows. Either takes a Tensor or a PackedWeight (formats.py).
 
+For a Tensor these are PyTorch's own. For a PackedWeight the reference multiplies with the dequantized matrix, a
+thousand rows at a time; on a CPU the kernel of `ops/cpu/linear.cpp` reads the packed form. There a row of the result
+depends on its own row of x alone, bit for bit, whatever else is in the batch and however many threads run.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.ops import cpu
+from pagoda.ops.formats import PackedWeight
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`: x (..., n_in), weight (n_out, n_in)."""
-    return F.linear(x, weight, bias)
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of weight (n_rows, n) by ids (N,) int64: (N, n)."""
-    return F.embedding(ids, weight)
+def linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias + residual`: x (..., n_in), weight (n_out, n_in), bias (n_out,), residual (..., n_out)."""
+    if isinstance(weight, Tensor):
+        y = F.linear(x, weight, bias)
+        return y if residual is None else y + residual
+    if torch.is_grad_enabled():
+        y = _PackedLinear.apply(x, weight)
+        y = y if bias is None else y + bias
+        return y if residual is None else y + residual
+    if not (cpu.usable(x) and x.dtype in _FLOATS and weight.quants.is_cpu):
+        return _reference(x, weight, bias, residual)
+    n_out, n_in = weight.shape
+    rows, stride, x = _rows(x, n_in)
+    y = x.new_empty((*x.shape[:-1], n_out))
+    bias, add = _dense(bias, x), _dense(residual, x)
+    cpu.kernels.linear(
+        y.data_ptr(),
+        weight.descriptor(),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if add is None else add.data_ptr(),
+        rows,
+        stride,
+        _FLOATS[x.dtype],
+    )
+    return y
+
+
+def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
+    """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
+    if torch.is_grad_enabled() or not (cpu.usable(x) and x.dtype in _FLOATS and weights[0].quants.is_cpu):
+        return [linear(x, w) for w in weights]
+    rows, stride, x = _rows(x, weights[0].shape[1])
+    ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
+    cpu.kernels.linear_many(
+        [y.data_ptr() for y in ys],
+        [w.descriptor() for w in weights],
+        x.data_ptr(),
+        rows,
+        stride,
+        _FLOATS[x.dtype],
+    )
+    return ys
+
+
+def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """Rows of weight (n_rows, n) by ids (N,) int64: (N, n), for a PackedWeight in its `dtype`."""
+    if isinstance(weight, Tensor):
+        return F.embedding(ids, weight)
+    if not (cpu.usable(ids) and weight.quants.is_cpu and weight.dtype in _FLOATS):
+        return weight.rows(ids).to(weight.dtype)
+    n_rows, n = weight.shape
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_rows:
+        raise IndexError(f"row number outside 0..{n_rows - 1}")
+    y = torch.empty(len(ids), n, dtype=weight.dtype)
+    ids = ids.contiguous()
+    cpu.kernels.embedding(y.data_ptr(), weight.descriptor(), ids.data_ptr(), len(ids), _FLOATS[weight.dtype])
+    return y
+
+
+def _rows(x: Tensor, n_in: int) -> tuple[int, int, Tensor]:
+    """The number of rows of x, their stride, and x in a form where both exist."""
+    if x.shape[-1] != n_in:
+        raise ValueError(f"x has {x.shape[-1]} columns, the weight takes {n_in}")
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x.shape[0], x.stride(0), x
+    x = x.contiguous()
+    return x.numel() // n_in, n_in, x
+
+
+def _dense(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return t if t is None or (t.dtype == x.dtype and t.is_contiguous()) else t.to(x.dtype).contiguous()
+
+
+def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = torch.cat([F.linear(x.float(), part) for _, part in weight.chunks()], -1)
+    y = y if bias is None else y + bias
+    y = y if residual is None else y + residual
+    return y.to(x.dtype)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """Packed weights are frozen: the gradient goes to x only, through the dequantized matrix, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        with torch.no_grad():
+            return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = sum(grad[..., rows] @ part.to(grad.dtype) for rows, part in ctx.weight.chunks())
+        return grad_x, None

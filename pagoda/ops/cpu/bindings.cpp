@@ -5,9 +5,7 @@
 #include "kernels.h"
 
 #include <pybind11/pybind11.h>
-
-#include <string>
-#include <vector>
+#include <pybind11/stl.h>
 
 namespace py = pybind11;
 
@@ -43,9 +41,15 @@ static py::list supported_variants() {
   return names;
 }
 
-PYBIND11_MODULE(PAGODA_MODULE, m, py::mod_gil_not_used()) {
+static void define(py::module_& m) {
   m.def("supported_variants", &supported_variants);
 #define DEFINE(name) m.def(#name, kernel(&name));
   KERNELS(DEFINE)
 #undef DEFINE
 }
+
+// This file is compiled once, for any CPU, and linked with each variant's kernels: Python enters by the module's name.
+PYBIND11_MODULE(_portable, m, py::mod_gil_not_used()) { define(m); }
+PYBIND11_MODULE(_avx2, m, py::mod_gil_not_used()) { define(m); }
+PYBIND11_MODULE(_avx512, m, py::mod_gil_not_used()) { define(m); }
+PYBIND11_MODULE(_avx512_bf16, m, py::mod_gil_not_used()) { define(m); }

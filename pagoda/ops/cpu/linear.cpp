@@ -1,0 +1,558 @@
+// The product with a packed weight, y = x w^T + bias + add, and the lookup of its rows.
+//
+// The rows of the matrix are cut into tiles of 16, the lanes of the vectors. Activations are broadcast, so one packed
+// form serves one row and a whole prefill alike; every output adds up over k in one order, and its bits depend neither on
+// the rows beside it nor on the threads, which divide the outputs and never the sum.
+//
+// What is computed. BITS4 and BITS8: activations are rounded per block of 32 to int8 (scale = absmax / 127), products
+// are exact integers inside a block, blocks add up in float32. BF16 where the CPU has AVX512_BF16: activations are
+// rounded to bf16 and multiplied in pairs. All else, and Weight::exact: float32 activations times the dequantized
+// weight, k by k.
+//
+// Bounds. One row: the packed bytes at memory speed (4 bits with scale and minimum: 20 bytes per 32 weights). Many
+// rows: the multipliers; a block of 32 k x 16 outputs takes 8 VNNI instructions a row and 2 to 4 more to scale the sum.
+#include <algorithm>
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "linear_simd.h"
+#include "parallel.h"
+
+namespace {
+
+enum Kind : int64_t { FLOAT32, BF16_PAIRS, NF4, BITS4, BITS8 };
+
+// A packed weight. PackedWeight in pagoda/ops/formats.py writes it as a tensor of 64-bit words: keep the two in step.
+struct Weight {
+  Kind kind;
+  int64_t n_out, n_in;
+  int64_t exact;        // multiply unrounded activations
+  int64_t group;        // BITS4, BITS8: blocks of 32 k that share a scale, 0: one float32 scale per row
+  int64_t zero_point;   // BITS4: the quant that means zero, 8 or 0
+  const uint8_t* quants;
+  const void* scales;   // BITS4, BITS8: f16 (tiles, groups, 16), or float32 (tiles, 16) where group is 0; NF4: codes
+  const f16* minimums;  // BITS4: f16 (tiles, groups, 16) or null
+  const float* codes;   // NF4: the 256 values of the codes,
+  const float* absmax;  //      a factor for every 256 of them,
+  const float* mean;    //      and what is added
+
+  int64_t tiles() const { return (n_out + TILE - 1) / TILE; }
+  int64_t units(int64_t k) const { return (n_in + k - 1) / k; }  // units of k elements in a padded row
+  int64_t groups() const { return group ? (units(32) + group - 1) / group : 0; }
+};
+
+struct Product {
+  const Weight* weight;
+  void* y;          // (rows, n_out)
+  const void* bias;  // (n_out,) or null
+  const void* add;   // (rows, n_out) or null
+};
+
+constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
+
+// ---------------------------------------------------------------- activations
+// Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
+// [k][r]: the kernel walks it with one pointer. A group's arrays begin at its first row times the length of a row.
+
+struct Rows {
+  const void* x;
+  int64_t n, n_in, stride, dtype, n_groups;
+  Rows(const void* x, int64_t n, int64_t n_in, int64_t stride, int64_t dtype)
+      : x(x), n(n), n_in(n_in), stride(stride), dtype(dtype), n_groups((n + MAX_ROWS - 1) / MAX_ROWS) {}
+  int64_t first(int64_t group) const { return n * group / n_groups; }
+  int count(int64_t group) const { return int(first(group + 1) - first(group)); }
+  // Elements k .. k + count of a row as float32, zeros behind its end.
+  INLINE void read(int64_t row, int64_t k, int64_t count, float* out) const {
+    int64_t inside = std::clamp<int64_t>(n_in - k, 0, count);
+    with_float_type(dtype, [&](auto type) {
+      auto p = (const decltype(type)*)x + row * stride + k;
+      for_each_vector(inside, [&](int64_t i, auto load, auto store) { store(out + i, load(p + i)); });
+    });
+    std::fill(out + inside, out + count, 0.0f);
+  }
+};
+
+struct Int8Rows {    // of every block of 32:
+  int32_t* quads;    // 8 words of 4 int8
+  float* scales;     // absmax / 127
+  float* sums;       // scale * sum of the int8: multiplies the minimum
+  int32_t* offset4;  // -8 * sum, what a zero point of 8 adds
+  int32_t* offset8;  // -SIGNED_BIAS * sum
+  Int8Rows at(int64_t block) const {
+    return {quads + block * 8, scales + block, sums + block, offset4 + block, offset8 + block};
+  }
+};
+
+struct Activations {
+  Int8Rows int8;
+  float* f32;
+  bf16* pairs;
+};
+
+// A block with a value that is not finite becomes NaN; one whose values are all below 1e-30 becomes 0.
+void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows out) {
+  int R = rows.count(group);
+  int64_t first = rows.first(group);
+  out = out.at(first * n_blocks);
+  for (int r = 0; r < R; r++) {
+    for (int64_t b = 0; b < n_blocks; b++) {
+      float x[32];
+      int8_t quants[32];
+      rows.read(first + r, b * 32, 32, x);
+      int32_t bits[32], top = 0, sum = 0;
+      memcpy(bits, x, sizeof x);
+      for (int i = 0; i < 32; i++) top = std::max(top, bits[i] & 0x7fffffff);  // as integers, NaN is above all numbers
+      float absmax = float_of(uint32_t(top)), scale = absmax / 127;
+      bool finite = top < 0x7f800000;
+      float inverse = finite && absmax > 1e-30f ? 127 / absmax : 0;
+      if (!finite) scale = NAN, memset(x, 0, sizeof x);
+      for (int i = 0; i < 32; i += W) store(quants + i, mul(load(x + i), set1(inverse)));
+      for (int i = 0; i < 32; i++) sum += quants[i];
+      for (int j = 0; j < 8; j++) memcpy(&out.quads[(b * 8 + j) * R + r], quants + 4 * j, 4);
+      out.scales[b * R + r] = scale;
+      out.sums[b * R + r] = scale * float(sum);
+      out.offset4[b * R + r] = -8 * sum;
+      out.offset8[b * R + r] = -SIGNED_BIAS * sum;
+    }
+  }
+}
+
+// n elements of every row of a group as float32 or, two by two, as bf16.
+template <class T> void spread_rows(const Rows& rows, int64_t group, int64_t n, T* out) {
+  constexpr int64_t CHUNK = 256, PAIR = sizeof(T) == 2 ? 2 : 1;
+  int R = rows.count(group);
+  int64_t first = rows.first(group);
+  out += first * n;
+  for (int r = 0; r < R; r++) {
+    for (int64_t k = 0; k < n; k += CHUNK) {
+      float x[CHUNK];
+      int64_t count = std::min(CHUNK, n - k);
+      rows.read(first + r, k, count, x);
+      for (int64_t i = 0; i < count; i++) from_float(x[i], out + ((k + i) / PAIR * R + r) * PAIR + i % PAIR);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- integer kernel
+
+enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
+
+// sums (R, 16) of one tile. Its block of 32 k is 4 vectors at 4 bits (vector j: k = 4j..4j+3 in the low nibbles of a
+// lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits.
+template <int BITS, Scales SCALES, int R>
+void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums) {
+  const int64_t n_blocks = w.units(32), n_groups = w.groups();
+  const int32_t* offsets = BITS == 8 ? (SIGNED_BIAS ? x.offset8 : nullptr) : (w.zero_point ? x.offset4 : nullptr);
+  for (int part = 0; part < PARTS; part++) {
+    const uint8_t* q = w.quants + tile * n_blocks * 64 * BITS + part * W * 4;
+    const f16* scale = (const f16*)w.scales + tile * n_groups * TILE + part * W;
+    const f16* minimum = w.minimums + tile * n_groups * TILE + part * W;
+    vf acc[R];
+    for (int r = 0; r < R; r++) acc[r] = zero();
+    int64_t left = w.group;
+    for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
+      const int32_t* quads = x.quads + b * 8 * R;
+      vi dot[R];
+      for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
+      if (BITS == 8) {
+        for (int j = 0; j < 8; j++) {
+          vi v = signed_operand(load_bits(q + 64 * j));
+          for (int r = 0; r < R; r++) dot[r] = dot4_signed(dot[r], v, set1_bits(quads[j * R + r]));
+        }
+      } else {
+        for (int j = 0; j < 4; j++) {
+          vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
+          for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], low, set1_bits(quads[j * R + r]));
+          for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], high, set1_bits(quads[(4 + j) * R + r]));
+        }
+      }
+      if (SCALES == PER_ROW) {
+        for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), set1(x.scales[b * R + r]), acc[r]);
+        continue;
+      }
+      vf s = load(scale);
+      for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), mul(s, set1(x.scales[b * R + r])), acc[r]);
+      if (SCALES == WITH_MINIMUM) {
+        vf m = load(minimum);
+        for (int r = 0; r < R; r++) acc[r] = fma(m, set1(x.sums[b * R + r]), acc[r]);
+      }
+      if (--left == 0) scale += TILE, minimum += TILE, left = w.group;
+    }
+    for (int r = 0; r < R; r++) {
+      if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE + part * W));
+      store(sums + r * TILE + part * W, acc[r]);
+    }
+  }
+}
+
+using IntegerTile = void (*)(const Weight&, int64_t, const Int8Rows&, float*);
+template <int BITS, Scales SCALES, int... R>
+constexpr std::array<IntegerTile, sizeof...(R)> integer_tiles(std::integer_sequence<int, R...>) {
+  return {integer_tile<BITS, SCALES, R + 1>...};
+}
+using RowCounts = std::make_integer_sequence<int, MAX_ROWS>;
+
+IntegerTile integer_kernel(const Weight& w, int R) {
+  static constexpr auto bits4 = integer_tiles<4, PER_GROUP>(RowCounts());
+  static constexpr auto bits4_minimum = integer_tiles<4, WITH_MINIMUM>(RowCounts());
+  static constexpr auto bits8 = integer_tiles<8, PER_GROUP>(RowCounts());
+  static constexpr auto bits8_row = integer_tiles<8, PER_ROW>(RowCounts());
+  if (w.kind == BITS4) return w.minimums ? bits4_minimum[R - 1] : bits4[R - 1];
+  return w.group ? bits8[R - 1] : bits8_row[R - 1];
+}
+
+// ---------------------------------------------------------------- float kernels
+// A view reads a tile: load(step, part, v) gives the vectors of the next COUNT elements of k; multiply adds the product of one
+// with an element of the activations, broadcast.
+
+struct Multiply {
+  using E = float;  // an element of the activations, and what the kernel broadcasts
+  using X = float;
+  using V = vf;
+  static INLINE vf multiply(vf acc, vf w, const float* x) { return fma(w, set1(*x), acc); }
+};
+
+struct Float32View : Multiply {  // (K, 16) float32
+  static constexpr int COUNT = 1;
+  const float* p;
+  INLINE void load(int64_t step, int part, vf* v) const { v[0] = ::load(p + step * TILE + part * W); }
+};
+
+struct Bf16View : Multiply {  // (K / 2, 16, 2) bf16
+  static constexpr int COUNT = 2;
+  const uint8_t* p;
+  INLINE void load(int64_t step, int part, vf* v) const {
+    vi both = load_bits(p + (step * TILE + part * W) * 4);
+    v[0] = low_half(both), v[1] = high_half(both);
+  }
+};
+
+#if defined(__AVX512BF16__)
+struct PairView {  // the same bytes, multiplied pair by pair
+  using E = bf16;
+  using X = uint32_t;
+  using V = vi;
+  static constexpr int COUNT = 1;
+  const uint8_t* p;
+  INLINE void load(int64_t step, int part, vi* v) const { v[0] = load_bits(p + (step * TILE + part * W) * 4); }
+  static INLINE vf multiply(vf acc, vi w, const uint32_t* x) { return dot_bf16(acc, w, set1_bits(*x)); }
+};
+#endif
+
+const float NF4_VALUES[16] = {  // Dettmers et al. 2023, "QLoRA", appendix E
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowest; scales (K / 64, 16) float32
+  static constexpr int COUNT = 8;
+  const uint8_t* p;
+  const float* scales;
+  INLINE void load(int64_t step, int part, vf* v) const {
+    vi word = load_bits(p + (step * TILE + part * W) * 4);
+    vf s = ::load(scales + step / 8 * TILE + part * W);
+    v[0] = mul(lookup16(NF4_VALUES, word), s);
+    v[1] = mul(lookup16(NF4_VALUES, shift_right<4>(word)), s);
+    v[2] = mul(lookup16(NF4_VALUES, shift_right<8>(word)), s);
+    v[3] = mul(lookup16(NF4_VALUES, shift_right<12>(word)), s);
+    v[4] = mul(lookup16(NF4_VALUES, shift_right<16>(word)), s);
+    v[5] = mul(lookup16(NF4_VALUES, shift_right<20>(word)), s);
+    v[6] = mul(lookup16(NF4_VALUES, shift_right<24>(word)), s);
+    v[7] = mul(lookup16(NF4_VALUES, shift_right<28>(word)), s);
+  }
+};
+
+// The block scales of an NF4 tile, (K / 64, 16): value of the code * factor of its 256 + mean, two roundings as in
+// bitsandbytes.
+void nf4_scales(const Weight& w, int64_t tile, float* scales) {
+  int64_t n = w.units(64);
+  const uint8_t* codes = (const uint8_t*)w.scales + tile * n * TILE;
+  for (int64_t b = 0; b < n; b++)
+    for (int part = 0; part < PARTS; part++) {
+      int32_t of_256[W];
+      for (int i = 0; i < W; i++) of_256[i] = int32_t((std::min(tile * TILE + part * W + i, w.n_out - 1) * n + b) / 256);
+      vf value = gather(w.codes, load_bytes(codes + b * TILE + part * W));
+      store(scales + b * TILE + part * W, add(mul(value, gather(w.absmax, load_bits(of_256))), set1(*w.mean)));
+    }
+}
+
+// sums (T, R, 16) of T tiles over `steps` loads; x (steps * COUNT, R).
+template <class View, int T, int R>
+void float_tiles(const View* views, int64_t steps, const typename View::X* x, float* sums) {
+  vf acc[T * PARTS][R];
+  for (auto& tile : acc)
+    for (vf& a : tile) a = zero();
+  for (int64_t step = 0; step < steps; step++, x += View::COUNT * R)
+    for (int t = 0; t < T * PARTS; t++) {
+      typename View::V v[View::COUNT];
+      views[t / PARTS].load(step, t % PARTS, v);
+      for (int i = 0; i < View::COUNT; i++)
+        for (int r = 0; r < R; r++) acc[t][r] = View::multiply(acc[t][r], v[i], x + i * R + r);
+    }
+  for (int t = 0; t < T * PARTS; t++)
+    for (int r = 0; r < R; r++) store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, acc[t][r]);
+}
+
+template <class View> using FloatTiles = void (*)(const View*, int64_t, const typename View::X*, float*);
+template <class View, int T, int... R>
+constexpr std::array<FloatTiles<View>, sizeof...(R)> float_kernels(std::integer_sequence<int, R...>) {
+  return {float_tiles<View, T, R + 1>...};
+}
+
+// ---------------------------------------------------------------- tiles as float32
+
+template <class View> void unpack(const View& view, int64_t n, float* panel) {
+  for (int64_t step = 0; step * View::COUNT < n; step++)
+    for (int part = 0; part < PARTS; part++) {
+      vf v[View::COUNT];
+      view.load(step, part, v);
+      for (int i = 0; i < View::COUNT; i++) store(panel + (step * View::COUNT + i) * TILE + part * W, v[i]);
+    }
+}
+
+// Element I = 0..7 of the words of a block: byte I % 4 of its low or high nibbles, or byte I of signed bytes (I < 4).
+template <int BITS, int I> INLINE vi quant(vi word) {
+  if (BITS == 8) return shift_right<24>(shift_left<24 - I % 4 * 8>(word));
+  return and_bits(shift_right<I % 4 * 8 + I / 4 * 4>(word), 15);
+}
+
+template <int BITS, int... I> void unpack_integers(const Weight& w, int64_t tile, float* panel, std::integer_sequence<int, I...>) {
+  const uint8_t* q = w.quants + tile * w.units(32) * 64 * BITS;
+  vi minus_zero = set1_bits(uint32_t(-w.zero_point));
+  for (int64_t b = 0; b < w.units(32); b++, panel += 32 * TILE, q += 64 * BITS)
+    for (int part = 0; part < PARTS; part++) {
+      int64_t at = w.group ? (tile * w.groups() + b / w.group) * TILE + part * W : tile * TILE + part * W;
+      vf s = w.group ? load((const f16*)w.scales + at) : load((const float*)w.scales + at);
+      vf m = w.minimums ? load(w.minimums + at) : zero();
+      for (int j = 0; j < BITS; j++) {
+        vi word = load_bits(q + 64 * j + part * W * 4);
+        auto put = [&](int i, vi v) {
+          vf value = mul(from_int(add_int(v, minus_zero)), s);
+          store(panel + (4 * j + i % 4 + i / 4 * 16) * TILE + part * W, w.minimums ? add(value, m) : value);
+        };
+        (put(I, quant<BITS, I>(word)), ...);
+      }
+    }
+}
+
+// The values that PackedWeight.dequantize gives, (n_in rounded up to 64, 16) at most; scratch holds a float per 4 of k.
+void unpack_tile(const Weight& w, int64_t tile, float* panel, float* scratch) {
+  if (w.kind == FLOAT32) unpack(Float32View{{}, (const float*)w.quants + tile * w.n_in * TILE}, w.n_in, panel);
+  else if (w.kind == BF16_PAIRS) unpack(Bf16View{{}, w.quants + tile * w.units(2) * TILE * 4}, w.n_in, panel);
+  else if (w.kind == BITS4) unpack_integers<4>(w, tile, panel, std::make_integer_sequence<int, 8>());
+  else if (w.kind == BITS8) unpack_integers<8>(w, tile, panel, std::make_integer_sequence<int, 4>());
+  else {
+    nf4_scales(w, tile, scratch);
+    unpack(Nf4View{{}, w.quants + tile * w.units(64) * TILE * 32, scratch}, w.n_in, panel);
+  }
+}
+
+// ---------------------------------------------------------------- driver
+
+struct Task {
+  Rows rows;
+  Activations x;
+  int64_t row_length;  // of x.f32 and x.pairs
+};
+
+enum Form { INT8_ROWS, FLOAT32_ROWS, PAIR_ROWS };
+
+Form form_of(const Weight& w) {  // what a weight wants the activations as
+  if (w.exact) return FLOAT32_ROWS;
+  if (w.kind == BITS4 || w.kind == BITS8) return INT8_ROWS;
+#if defined(__AVX512BF16__)
+  if (w.kind == BF16_PAIRS) return PAIR_ROWS;
+#endif
+  return FLOAT32_ROWS;
+}
+
+// What a thread does: tiles begin..end for the row groups first..last.
+struct Share {
+  int64_t begin, end, first, last;
+};
+
+void write(const Product& p, const Rows& rows, int64_t row, int64_t tile, const float* sums) {
+  int64_t n_out = p.weight->n_out, column = tile * TILE, count = std::min<int64_t>(TILE, n_out - column);
+  with_float_type(rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto y = (T*)p.y + row * n_out + column;
+    auto bias = (const T*)p.bias + column, other = (const T*)p.add + row * n_out + column;
+    for_each_vector(count, [&](int64_t i, auto load, auto store) {
+      vf v = load(sums + i);
+      if (p.bias) v = add(v, load(bias + i));
+      if (p.add) v = add(v, load(other + i));
+      store(y + i, v);
+    });
+  });
+}
+
+void integer_share(const Product& p, const Task& task, const Share& share) {
+  const Weight& w = *p.weight;
+  int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
+  alignas(64) float sums[MAX_ROWS * TILE];
+  for (int64_t from = share.begin; from < share.end; from += chunk)
+    for (int64_t group = share.first; group < share.last; group++) {
+      int R = task.rows.count(group);
+      int64_t row = task.rows.first(group);
+      IntegerTile multiply = integer_kernel(w, R);
+      Int8Rows x = task.x.int8.at(row * n_blocks);
+      for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
+        multiply(w, tile, x, sums);
+        for (int r = 0; r < R; r++) write(p, task.rows, row + r, tile, sums + r * TILE);
+      }
+    }
+}
+
+// Multiplies T tiles at a time. make_view(tile, slot) gives the view of a tile; a chunk has a slot for each of its tiles.
+template <class View, int T, class RowCounts, class F>
+void float_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
+                 int64_t steps, F make_view) {
+  const int64_t row_words = task.row_length * sizeof(typename View::E) / sizeof(typename View::X);
+  static constexpr auto wide = float_kernels<View, T>(RowCounts()), narrow = float_kernels<View, 1>(RowCounts());
+  alignas(64) float sums[T * RowCounts::size() * TILE];
+  std::vector<View> views;
+  for (int64_t from = share.begin; from < share.end; from += chunk) {
+    int64_t to = std::min(share.end, from + chunk);
+    views.clear();
+    for (int64_t tile = from; tile < to; tile++) views.push_back(make_view(tile, tile - from));
+    for (int64_t group = share.first; group < share.last; group++) {
+      int R = task.rows.count(group);
+      int64_t row = task.rows.first(group);
+      for (int64_t tile = from; tile < to;) {
+        int width = tile + T <= to ? T : 1;
+        auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
+        multiply(&views[tile - from], steps, x + row * row_words, sums);
+        for (int t = 0; t < width; t++, tile++)
+          for (int r = 0; r < R; r++) write(p, task.rows, row + r, tile, sums + (t * R + r) * TILE);
+      }
+    }
+  }
+}
+
+void run_share(const Product& p, const Task& task, const Share& share) {
+  using One = std::make_integer_sequence<int, 1>;
+  constexpr int NARROW = 4 / PARTS;  // one row: as many tiles as give 4 sums in flight
+  const Weight& w = *p.weight;
+  const int64_t K = task.row_length;
+  thread_local std::vector<float> memory;
+  auto room = [&](int64_t n) {
+    if (int64_t(memory.size()) < n) memory.resize(n);
+    return memory.data();
+  };
+  int64_t chunk = std::max<int64_t>(CACHE / (K * TILE * 4) / WIDE_TILES, 1) * WIDE_TILES;
+  Form form = form_of(w);
+  if (form == INT8_ROWS) return integer_share(p, task, share);
+#if defined(__AVX512BF16__)
+  if (form == PAIR_ROWS) {
+    auto view = [&](int64_t tile, int64_t) { return PairView{w.quants + tile * w.units(2) * TILE * 4}; };
+    auto x = (const uint32_t*)task.x.pairs;
+    if (task.rows.n == 1) float_share<PairView, NARROW, One>(p, task, share, 2 * chunk, x, w.units(2), view);
+    else float_share<PairView, WIDE_TILES, RowCounts>(p, task, share, 2 * chunk, x, w.units(2), view);
+    return;
+  }
+#endif
+  if (w.kind == FLOAT32) {
+    auto view = [&](int64_t tile, int64_t) { return Float32View{{}, (const float*)w.quants + tile * w.n_in * TILE}; };
+    if (task.rows.n == 1) float_share<Float32View, NARROW, One>(p, task, share, 64, task.x.f32, w.n_in, view);
+    else float_share<Float32View, WIDE_TILES, RowCounts>(p, task, share, chunk, task.x.f32, w.n_in, view);
+  } else if (w.kind == BF16_PAIRS && task.rows.n == 1) {
+    auto view = [&](int64_t tile, int64_t) { return Bf16View{{}, w.quants + tile * w.units(2) * TILE * 4}; };
+    float_share<Bf16View, NARROW, One>(p, task, share, 64, task.x.f32, w.units(2), view);
+  } else if (w.kind == NF4 && task.rows.n == 1) {
+    float* scales = room(NARROW * K / 64 * TILE);
+    auto view = [&](int64_t tile, int64_t slot) {
+      nf4_scales(w, tile, scales + slot * K / 64 * TILE);
+      return Nf4View{{}, w.quants + tile * K * TILE / 2, scales + slot * K / 64 * TILE};
+    };
+    float_share<Nf4View, NARROW, One>(p, task, share, NARROW, task.x.f32, K / 8, view);
+  } else {  // dequantize the tiles of a chunk, then let all rows pass by
+    float* panels = room((chunk + 1) * K * TILE);
+    auto view = [&](int64_t tile, int64_t slot) {
+      unpack_tile(w, tile, panels + slot * K * TILE, panels + chunk * K * TILE);
+      return Float32View{{}, panels + slot * K * TILE};
+    };
+    float_share<Float32View, WIDE_TILES, RowCounts>(p, task, share, chunk, task.x.f32, w.n_in, view);
+  }
+}
+
+// Room for the activations in the forms wanted: one block of memory, kept by the calling thread.
+Activations allocate(int64_t rows, int64_t n_blocks, int64_t row_length, const bool* wanted) {
+  thread_local std::vector<float> memory;
+  int64_t blocks = wanted[INT8_ROWS] ? rows * n_blocks : 0, floats = wanted[FLOAT32_ROWS] ? rows * row_length : 0;
+  int64_t pairs = wanted[PAIR_ROWS] ? rows * row_length / 2 : 0, size = blocks * 12 + floats + pairs;
+  if (int64_t(memory.size()) < size) memory.resize(size);
+  float* p = memory.data();
+  auto words = (int32_t*)p;
+  return {{words, p + blocks * 8, p + blocks * 9, words + blocks * 10, words + blocks * 11},
+          p + blocks * 12,
+          (bf16*)(p + blocks * 12 + floats)};
+}
+
+void multiply(const Product* products, int64_t n_products, const Rows& rows) {
+  if (rows.n == 0) return;
+  const Weight& w = *products[0].weight;  // all have the same n_in
+  Task task{rows, {}, w.units(64) * 64};
+  bool wanted[3] = {};
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < n_products; i++) {
+    wanted[form_of(*products[i].weight)] = true;
+    tiles += products[i].weight->tiles();
+  }
+  task.x = allocate(rows.n, w.units(32), task.row_length, wanted);
+  auto prepare = [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; group++) {
+      if (wanted[INT8_ROWS]) quantize_rows(rows, group, w.units(32), task.x.int8);
+      if (wanted[FLOAT32_ROWS]) spread_rows(rows, group, task.row_length, task.x.f32);
+      if (wanted[PAIR_ROWS]) spread_rows(rows, group, task.row_length, task.x.pairs);
+    }
+  };
+  parallel_for(rows.n_groups, 16384 / (MAX_ROWS * task.row_length) + 1, prepare);
+
+  // Every output is one thread's. Tiles are divided first, and the rows too where tiles are few for the threads.
+  int64_t bands = tiles < 8 * max_threads() ? std::min<int64_t>(rows.n_groups, max_threads()) : 1;
+  int64_t grain = 40000 / (rows.n * task.row_length * TILE / bands + 1) + 1;
+  parallel_for(bands * tiles, grain, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      int64_t band = begin / tiles, tile = begin % tiles, stop = std::min(tiles, tile + end - begin);
+      begin += stop - tile;
+      for (int64_t i = 0; i < n_products; i++) {
+        int64_t n = products[i].weight->tiles(), from = std::max<int64_t>(tile, 0), to = std::min(stop, n);
+        if (from < to)
+          run_share(products[i], task, {from, to, rows.n_groups * band / bands, rows.n_groups * (band + 1) / bands});
+        tile -= n, stop -= n;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype) {
+  auto w = (const Weight*)weight;
+  Product product{w, (void*)y, (void*)bias, (void*)add};
+  multiply(&product, 1, Rows((void*)x, rows, w->n_in, x_stride, dtype));
+}
+
+void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype) {
+  std::vector<Product> products;
+  for (size_t i = 0; i < y.size(); i++) products.push_back({(const Weight*)weights[i], (void*)y[i], nullptr, nullptr});
+  multiply(products.data(), y.size(), Rows((void*)x, rows, products[0].weight->n_in, x_stride, dtype));
+}
+
+void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype) {
+  auto& w = *(const Weight*)weight;
+  auto row = (const int64_t*)ids;
+  parallel_for(n, 8, [&](int64_t begin, int64_t end) {
+    int64_t K = w.units(64) * 64;
+    std::vector<float> panel(K * TILE + K / 4);
+    for (int64_t i = begin; i < end; i++) {
+      unpack_tile(w, row[i] / TILE, panel.data(), panel.data() + K * TILE);
+      with_float_type(dtype, [&](auto type) {
+        auto out = (decltype(type)*)y + i * w.n_in;
+        for (int64_t k = 0; k < w.n_in; k++) from_float(panel[k * TILE + row[i] % TILE], out + k);
+      });
+    }
+  });
+}

@@ -1,0 +1,84 @@
+// What the matrix product needs of the vectors of simd.h: a tile of 16 output rows as PARTS vectors, and the products of
+// int8 quads. The integers agree bit for bit between all variants.
+#pragma once
+#include "simd.h"
+
+constexpr int TILE = 16;         // output rows of a packed tile
+constexpr int PARTS = TILE / W;  // vectors across a tile
+
+INLINE vi set1_quad(const void* p) { uint32_t u; memcpy(&u, p, 4); return set1_bits(u); }
+
+#if SIMD_AVX512
+constexpr int MAX_ROWS = 12;      // rows of activations in a register tile: 12 sums in flight hide the latency of 5
+constexpr int WIDE_TILES = 2;     // tiles side by side in the float kernel
+constexpr int SIGNED_BIAS = 128;  // dot4_signed gives this many times the sum of a too much
+
+INLINE vf from_int(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
+INLINE vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vi and_bits(vi a, uint32_t mask) { return _mm512_and_si512(a, set1_bits(mask)); }
+template <int N> INLINE vi shift_left(vi a) { return _mm512_slli_epi32(a, N); }
+template <int N> INLINE vi shift_right(vi a) { return _mm512_srai_epi32(a, N); }  // of signed integers
+INLINE vi load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vf gather(const float* table, vi index) { return _mm512_i32gather_ps(index, table, 4); }
+INLINE vf lookup16(const float* table, vi index) {  // by the low 4 bits of index
+  return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+}
+// acc + the sum of four products per lane: bytes of w with signed bytes of a. w is 0..15 in dot4_small, and in
+// dot4_signed signed numbers passed through signed_operand.
+INLINE vi dot4_small(vi acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+INLINE vi signed_operand(vi w) { return _mm512_xor_si512(w, set1_bits(0x80808080)); }
+INLINE vi dot4_signed(vi acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+
+#elif SIMD_AVX2
+constexpr int MAX_ROWS = 6;
+constexpr int WIDE_TILES = 1;
+constexpr int SIGNED_BIAS = 0;
+
+INLINE vf from_int(vi a) { return _mm256_cvtepi32_ps(a); }
+INLINE vf as_float(vi a) { return _mm256_castsi256_ps(a); }
+INLINE vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vi and_bits(vi a, uint32_t mask) { return _mm256_and_si256(a, set1_bits(mask)); }
+template <int N> INLINE vi shift_left(vi a) { return _mm256_slli_epi32(a, N); }
+template <int N> INLINE vi shift_right(vi a) { return _mm256_srai_epi32(a, N); }
+INLINE vi load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vf gather(const float* table, vi index) { return _mm256_i32gather_ps(table, index, 4); }
+INLINE vf lookup16(const float* table, vi index) {
+  vf low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+  vf high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+  return _mm256_blendv_ps(low, high, as_float(shift_left<28>(index)));  // chosen by bit 3
+}
+// The 16-bit sums of two products never saturate: 2 * 15 * 127 and 2 * 128 * 127 are below 2^15.
+INLINE vi add_pairs(vi acc, vi products) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+INLINE vi dot4_small(vi acc, vi w, vi a) { return add_pairs(acc, _mm256_maddubs_epi16(w, a)); }
+INLINE vi signed_operand(vi w) { return w; }
+INLINE vi dot4_signed(vi acc, vi w, vi a) {
+  return add_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
+}
+
+#else
+constexpr int MAX_ROWS = 4;
+constexpr int WIDE_TILES = 1;
+constexpr int SIGNED_BIAS = 0;
+
+typedef int32_t vs __attribute__((vector_size(16)));
+INLINE vf from_int(vi a) { return __builtin_convertvector((vs)a, vf); }
+INLINE vf as_float(vi a) { return (vf)a; }
+INLINE vi add_int(vi a, vi b) { return a + b; }
+INLINE vi and_bits(vi a, uint32_t mask) { return a & mask; }
+template <int N> INLINE vi shift_left(vi a) { return a << N; }
+template <int N> INLINE vi shift_right(vi a) { return (vi)((vs)a >> N); }
+INLINE vi load_bytes(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+INLINE vf gather(const float* table, vi i) { return vf{table[i[0]], table[i[1]], table[i[2]], table[i[3]]}; }
+INLINE vf lookup16(const float* table, vi index) { return gather(table, index & 15); }
+INLINE vi signed_operand(vi w) { return w; }
+INLINE vi dot4_signed(vi acc, vi w, vi a) {
+  acc += (vi)(((vs)(w << 24) >> 24) * ((vs)(a << 24) >> 24));
+  acc += (vi)(((vs)(w << 16) >> 24) * ((vs)(a << 16) >> 24));
+  acc += (vi)(((vs)(w << 8) >> 24) * ((vs)(a << 8) >> 24));
+  return acc + (vi)(((vs)w >> 24) * ((vs)a >> 24));
+}
+INLINE vi dot4_small(vi acc, vi w, vi a) { return dot4_signed(acc, w, a); }
+#endif

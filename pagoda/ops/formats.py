@@ -1,0 +1,324 @@
+"""Weight formats: how a matrix is held in fewer bits, and what its numbers mean.
+
+`pack(weight, format)` rounds a matrix, `pack_gguf(blocks, type)` takes the bits of a GGUF file as they are; both give a
+`PackedWeight`, which `ops.linear` and `ops.embedding` accept in place of a matrix. `dequantize` is the definition of a
+format in plain PyTorch; the CPU kernels (`ops/cpu/linear.cpp`) read the same tensors.
+
+| format | value of a weight | scales |
+|---|---|---|
+| `float32`, `bf16` | itself | |
+| `int8` | q * scale, q in -127..127 | one float32 per row |
+| `int4` | q * scale + minimum, or (q - 8) * scale with `symmetric`, q in 0..15 | float16 per 32, 64 or 128 of a row |
+| `nf4` | NF4[q] * scale (Dettmers et al. 2023, "QLoRA"), bit for bit what bitsandbytes gives | 8 bits per 64 of a row |
+| `q4_0`, `q4_1`, `q8_0` | (q - 8) * scale, q * scale + minimum, q * scale (GGUF) | float16 per 32 |
+
+Layout. 16 rows make a tile; inside it k runs slowest, then the 16 rows, then the few elements of k that share a 32-bit
+word. So a vector of 16 lanes holds the same k of 16 rows, and one form serves one row of activations and thousands.
+Rows are padded to a multiple of 16 and k to the format's unit; padding is cut off or multiplied by zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pagoda.common import PagodaError
+
+TILE = 16  # rows of a tile
+BLOCK = 32  # elements of k whose integer products are summed before they are scaled
+CHUNK = 64  # tiles that are packed or dequantized at a time: bounds the memory beyond the result
+FORMATS = ("float32", "bf16", "int8", "int4", "nf4", "q4_0", "q4_1", "q8_0")
+GGUF_BLOCK = {"q4_0": 18, "q4_1": 20, "q8_0": 34}  # bytes of a block of 32 weights
+
+_KIND = {"float32": 0, "bf16": 1, "nf4": 2, "int4": 3, "q4_0": 3, "q4_1": 3, "int8": 4, "q8_0": 4}  # as in linear.cpp
+_UNIT = {"float32": 1, "bf16": 2, "nf4": 64}  # what k is padded to, BLOCK for the others
+
+# The quantiles of a normal distribution that NF4 stands for (QLoRA, appendix E).
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+class PackedWeight(nn.Module):
+    """A matrix (n_out, n_in) in one of FORMATS. Its tensors are buffers, so it moves, saves and loads like any module.
+
+    quants, and where the format has them scales and minimums, start with the tile. nf4 has three tensors more: `codes`
+    (256,), `absmax` (one per 256 block scales) and `mean` (1,); scale = codes[scales] * absmax + mean.
+
+    group_size: elements of a row that share a scale, 0 for the whole row.
+    dtype: what `embedding` returns, the dtype of the matrix that was packed; `.to(dtype)` changes it and nothing else.
+    exact: multiply unrounded float32 activations on the CPU. Without it the integer formats round activations to int8
+    (per row and block of 32), and bf16 weights round them to bf16 where the CPU has AVX512_BF16.
+    """
+
+    def __init__(self, format: str, shape: tuple[int, int], group_size: int, dtype: torch.dtype, **tensors: Tensor):
+        super().__init__()
+        self.format, self.shape, self.group_size, self.dtype = format, torch.Size(shape), group_size, dtype
+        self.exact = False
+        for name in ("quants", "scales", "minimums", "codes", "absmax", "mean"):
+            self.register_buffer(name, tensors.get(name))
+
+    @property
+    def device(self) -> torch.device:
+        return self.quants.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, padding included."""
+        return sum(t.nbytes for t in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, {tuple(self.shape)}, {8 * self.nbytes / self.shape.numel():.2f} bits per weight"
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (n_out, n_in). Computed in float32, tile by tile."""
+        n_out, n_in = self.shape
+        out = torch.empty(n_out, n_in, dtype=dtype, device=self.device)
+        for rows, part in self.chunks():
+            out[rows] = part
+        return out
+
+    def chunks(self):
+        """Pairs of a slice of rows and their values, float32 (at most 1,024 rows, n_in)."""
+        n_out = self.shape[0]
+        for tile in range(0, len(self.quants), CHUNK):
+            rows = slice(tile * TILE, min(n_out, (tile + CHUNK) * TILE))
+            yield rows, self._tiles(slice(tile, tile + CHUNK)).flatten(0, 1)[: rows.stop - rows.start]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows by ids (N,) int64: (N, n_in) float32."""
+        parts = [self._tiles(part // TILE)[torch.arange(len(part)), part % TILE] for part in ids.split(CHUNK)]
+        return torch.cat(parts) if parts else torch.empty(0, self.shape[1], device=self.device)
+
+    def _tiles(self, index) -> Tensor:
+        """Tiles by a slice or a tensor of numbers: (n, 16, n_in) float32."""
+        quants = self.quants[index]
+        if self.format == "nf4":
+            quants = torch.stack([quants & 15, quants >> 4], -1).flatten(-2)
+            values = torch.tensor(NF4, device=self.device)[quants.int()]
+        elif self.format in ("int4", "q4_0", "q4_1"):
+            values = torch.stack([quants & 15, quants >> 4], 2).flatten(1, 3).float()
+            values -= 8 if self.minimums is None else 0
+        else:
+            values = quants.float()
+        values = values.transpose(1, 2).flatten(2)  # (n, k, 16, elements) to (n, 16, k)
+        if self.scales is not None:
+            values *= self._spread(self._block_scales(index) if self.format == "nf4" else self.scales[index])
+        if self.minimums is not None:
+            values += self._spread(self.minimums[index])
+        return values[..., : self.shape[1]]
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        """(n, groups, 16), a number for every group of k, as (n, 16, k)."""
+        per_group = per_group.float().transpose(1, 2)
+        if self.group_size == 0:
+            return per_group
+        unit = _UNIT.get(self.format, BLOCK)
+        return per_group.repeat_interleave(self.group_size, -1)[..., : -(-self.shape[1] // unit) * unit]
+
+    def _block_scales(self, index) -> Tensor:
+        """nf4's second quantization undone: (n, blocks, 16)."""
+        codes = self.scales[index]
+        tiles = torch.arange(len(self.quants), device=self.device)[index]
+        rows = tiles[:, None, None] * TILE + torch.arange(TILE, device=self.device)
+        blocks = rows * codes.shape[1] + torch.arange(codes.shape[1], device=self.device)[:, None]
+        return self.codes[codes.int()] * self.absmax[(blocks // 256).clamp_max(len(self.absmax) - 1)] + self.mean
+
+    def descriptor(self) -> int:
+        """Address of what the kernels read: struct Weight of linear.cpp. Made anew when the tensors have moved."""
+        if self._words is None:
+            if self.device.type != "cpu" or not all(t.is_contiguous() for t in self.buffers()):
+                raise PagodaError("a kernel reads packed weights on the CPU only, and contiguous ones")
+            pointer = [0 if t is None else t.data_ptr() for t in (self.quants, self.scales, self.minimums)]
+            pointer += [0 if t is None else t.data_ptr() for t in (self.codes, self.absmax, self.mean)]
+            zero_point = 8 if _KIND[self.format] == 3 and self.minimums is None else 0
+            words = [_KIND[self.format], *self.shape, self.exact, self.group_size // BLOCK, zero_point, *pointer]
+            words = torch.tensor(words, dtype=torch.int64)
+            self._words, self._address = words, words.data_ptr()
+        return self._address
+
+    @property
+    def exact(self) -> bool:
+        return self._exact
+
+    @exact.setter
+    def exact(self, value: bool):
+        self._exact, self._words = value, None
+
+    def _apply(self, fn, recurse=True):
+        """Moves the tensors as `.to` and its like ask, but keeps their dtypes: they are bits, not numbers."""
+        self._words = None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device), recurse)
+
+    def _load_from_state_dict(self, *args):
+        self._words = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self):  # copies and pickles must not share the addresses
+        return {**self.__dict__, "_words": None}
+
+
+def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = False) -> PackedWeight:
+    """Rounds a matrix (n_out, n_in) to a format. group_size (32, 64 or 128) and symmetric are int4's.
+
+    Works a thousand rows at a time. Raises PagodaError for an unknown format or group, and where a scale is not finite.
+    """
+    if format not in FORMATS:
+        raise PagodaError(f"unknown weight format '{format}': use one of {', '.join(FORMATS)}")
+    if group_size not in (32, 64, 128):
+        raise PagodaError(f"group_size {group_size}: int4 takes groups of 32, 64 or 128")
+    weight = weight.detach()
+    if format == "nf4":
+        return _pack_nf4(weight)
+    group = {"int8": 0, "int4": group_size}.get(format, BLOCK)
+    symmetric = symmetric if format == "int4" else format == "q4_0"
+    parts = [_quantize(part, format, group, symmetric) for part in weight.split(CHUNK * TILE)]
+    return _assemble(format, weight.shape, group, parts, weight.dtype)
+
+
+def pack_integers(
+    quants: Tensor, scales: Tensor, minimums: Tensor | None, format: str, dtype: torch.dtype = torch.float32
+) -> PackedWeight:
+    """int4 or int8 weights that something else has rounded (GPTQ, AWQ, a checkpoint), with no second rounding.
+
+    quants (n_out, n_in): int8 for `int8`, 0..15 for `int4`. scales and minimums (n_out, groups): one group for `int8`,
+    groups of 32, 64 or 128 elements for `int4`, stored as float16. A value is quant * scale + minimum; without minimums
+    `int4` means (quant - 8) * scale.
+    """
+    n_in = quants.shape[1]
+    group = 0 if format == "int8" else next((g for g in (32, 64, 128) if -(-n_in // g) == scales.shape[1]), None)
+    if group is None or format not in ("int8", "int4"):
+        raise PagodaError(
+            f"{format} weights in {scales.shape[1]} groups of a row of {n_in}: groups are of 32, 64 or 128"
+        )
+    return _assemble(format, quants.shape, group, [(quants, scales, minimums)], dtype)
+
+
+def pack_gguf(
+    blocks: Tensor, type: str, shape: tuple[int, int], rows: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> PackedWeight:
+    """The weight of a GGUF file in its own bits: `dequantize` gives what `gguf.quants.dequantize` gives.
+
+    blocks: the tensor's bytes, uint8, any shape. type: q4_0, q4_1 or q8_0. rows (n_out,): row i of the result is row
+    rows[i] of the file (llama.cpp permutes the rows of q and k of Llama). dtype: see PackedWeight.
+    """
+    type = type.lower()
+    if type not in GGUF_BLOCK:
+        raise PagodaError(f"GGUF type '{type}' is not kept packed: dequantize it and use pack")
+    (n_out, n_in), size = shape, GGUF_BLOCK[type]
+    if n_in % BLOCK or blocks.numel() != n_out * n_in // BLOCK * size:
+        raise PagodaError(f"{blocks.numel()} bytes do not hold a {type} matrix of shape {tuple(shape)}")
+    blocks = blocks.view(n_out, n_in // BLOCK, size)
+    parts = []
+    for first in range(0, n_out, CHUNK * TILE):
+        chunk = blocks[first : first + CHUNK * TILE] if rows is None else blocks[rows[first : first + CHUNK * TILE]]
+        n_scales = 2 if type == "q4_1" else 1
+        scales = chunk[..., : 2 * n_scales].contiguous().view(torch.float16)
+        quants = chunk[..., 2 * n_scales :]
+        if type == "q8_0":
+            quants = quants.contiguous().view(torch.int8)
+        else:
+            quants = torch.cat([quants & 15, quants >> 4], -1)
+        parts.append((quants.flatten(1), scales[..., 0], scales[..., 1] if n_scales == 2 else None))
+    return _assemble(type, shape, BLOCK, parts, dtype)
+
+
+def _quantize(weight: Tensor, format: str, group: int, symmetric: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows rounded to a format: quants (n, n_in), scales and minimums (n, groups), rounded before they are used."""
+    if format in ("float32", "bf16"):
+        return weight.to(torch.float32 if format == "float32" else torch.bfloat16), None, None
+    n, n_in = weight.shape
+    group = group or n_in
+    groups = nn.functional.pad(weight.float(), (0, -n_in % group), value=0.0).view(n, -1, group)
+    minimums = None
+    if format in ("int8", "q8_0"):
+        scales = groups.abs().amax(-1) / 127
+    elif symmetric:  # the element furthest from zero becomes -8
+        scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+    else:
+        if n_in % group:  # padding must not widen the last group
+            groups[:, -1, n_in % group :] = groups[:, -1, :1]
+        minimums = groups.amin(-1).half()
+        scales = (groups.amax(-1) - minimums.float()) / 15
+    scales = scales.float() if format == "int8" else scales.half()
+    if not all(t is None or t.isfinite().all() for t in (scales, minimums)):
+        raise PagodaError(f"a weight that is not finite, or too large for float16 scales, cannot be packed as {format}")
+    divisor = torch.where(scales == 0, 1, scales.float())[..., None]
+    if format in ("int8", "q8_0"):
+        quants = (groups / divisor).round().clamp(-127, 127).to(torch.int8)
+    else:
+        offset = 8 if symmetric else -minimums.float()[..., None] / divisor
+        quants = (groups / divisor + offset).round().clamp(0, 15).to(torch.uint8)
+    return quants.flatten(1)[:, :n_in], scales, minimums
+
+
+def _assemble(format: str, shape, group: int, parts: list, dtype: torch.dtype) -> PackedWeight:
+    """Parts of quants, scales and minimums, rows outside, as one PackedWeight."""
+    tensors = {}
+    for i, name in enumerate(("quants", "scales", "minimums")):
+        if parts[0][i] is not None:
+            form = _tile_quants if name == "quants" else _tile_scales
+            tensors[name] = torch.cat([form(part[i], format) for part in parts])
+    return PackedWeight(format, shape, group, dtype, **tensors)
+
+
+def _tile_quants(quants: Tensor, format: str) -> Tensor:
+    """(n, n_in) as tiles (n / 16, k, 16, elements of a word); see Layout."""
+    unit = _UNIT.get(format, BLOCK)
+    elements = {"float32": 1, "bf16": 2, "nf4": 8}.get(format, 4)
+    quants = nn.functional.pad(quants, (0, -quants.shape[1] % unit, 0, -len(quants) % TILE))
+    tiles = quants.view(-1, TILE, quants.shape[1] // elements, elements).transpose(1, 2)
+    if format == "nf4":
+        return tiles[..., 0::2] | tiles[..., 1::2] << 4
+    if format in ("int4", "q4_0", "q4_1"):  # of a block of 32, the first 16 in the low nibbles and the others above
+        halves = tiles.unflatten(1, (-1, 2, 4))
+        return halves[:, :, 0] | halves[:, :, 1] << 4
+    return tiles.contiguous()
+
+
+def _tile_scales(scales: Tensor, format: str) -> Tensor:
+    """(n, groups) as (n / 16, groups, 16)."""
+    scales = nn.functional.pad(scales, (0, 0, 0, -len(scales) % TILE))
+    stored = {"int8": torch.float32, "nf4": torch.uint8}.get(format, torch.float16)
+    return scales.to(stored).view(-1, TILE, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def _pack_nf4(weight: Tensor) -> PackedWeight:
+    """Blocks of 64, the scales rounded again in blocks of 256 (Dettmers et al. 2023, "QLoRA", section 3): bitsandbytes'
+    quantize_4bit. Its blocks run on from row to row, ours end with the row: the same where n_in is a multiple of 64."""
+    table = torch.tensor(NF4, device=weight.device)
+    quants, absmax = [], []
+    for part in weight.split(CHUNK * TILE):
+        blocks = nn.functional.pad(part.float(), (0, -part.shape[1] % 64)).view(len(part), -1, 64)
+        absmax.append(blocks.abs().amax(-1))
+        quants.append(_tile_quants(_nearest(blocks, absmax[-1], table).flatten(1), "nf4"))
+    absmax = torch.cat(absmax)
+    if not absmax.isfinite().all():
+        raise PagodaError("a weight that is not finite cannot be packed as nf4")
+    mean, codes = absmax.mean(), _dynamic_codes().to(weight.device)
+    centered = (absmax - mean).flatten()
+    blocks = nn.functional.pad(centered, (0, -len(centered) % 256)).view(-1, 256)
+    factors = blocks.abs().amax(-1)
+    scales = _nearest(blocks, factors, codes).flatten()[: len(centered)].view(absmax.shape)
+    tensors = {"quants": torch.cat(quants), "scales": _tile_scales(scales, "nf4")}
+    return PackedWeight("nf4", weight.shape, 64, weight.dtype, codes=codes, absmax=factors, mean=mean[None], **tensors)
+
+
+def _nearest(blocks: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+    """The index in a sorted table of the value nearest to each block / absmax; a tie goes to the lower one. uint8."""
+    scaled = (blocks * (1 / absmax.clamp_min(1e-38))[..., None]).clamp(-1, 1)
+    return torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8)
+
+
+def _dynamic_codes() -> Tensor:
+    """The 256 numbers of an 8-bit code with a dynamic exponent (Dettmers 2016, arXiv:1511.04561), sorted. The decades
+    10^-6..1 have 1, 2, 4 ... 64 of either sign, in the middle of equal intervals of 0.1..1 of them; then 0 and 1."""
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        positive.append(10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2))
+    positive = torch.cat(positive)
+    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
