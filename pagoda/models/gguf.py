@@ -369,10 +369,8 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
         raise PagodaError(f"{gguf.path}: rotary embedding of {rotary} of {head_dim} dimensions is not supported")
     config["rope_theta"] = meta.get(f"{arch}.rope.freq_base", 10000.0)
     config["rope_scaling"] = _rope_scaling(gguf, arch, config)
-    config["attention_bias"] = "blk.0.attn_output.bias" in tensors or (
-        arch == "llama" and "blk.0.attn_q.bias" in tensors
-    )
-    if model_type == "llama":
+    if model_type == "llama":  # Qwen's biases are not a matter of configuration
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if window := meta.get(f"{arch}.attention.sliding_window"):
         if arch == "llama":  # llama.cpp has no architecture of its own for Mistral
@@ -401,9 +399,7 @@ def _rope_scaling(gguf: GGUF, arch: str, config: dict) -> dict[str, Any] | None:
             "attention_factor": 1.0,
             "original_max_position_embeddings": config["max_position_embeddings"],
         }
-    kind = meta.get(
-        prefix + "type", "linear" if prefix + "factor" in meta or f"{arch}.rope.scale_linear" in meta else "none"
-    )
+    kind = meta.get(prefix + "type", "linear")
     factor = meta.get(prefix + "factor", meta.get(f"{arch}.rope.scale_linear", 1.0))
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
