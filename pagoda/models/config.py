@@ -1,9 +1,14 @@
-"""`Config`: what the base class needs to know about a model. Each family reads it from a Hugging Face `config.json`."""
+"""`Config`: what the base class needs to know about a model. Each family reads it from a Hugging Face `config.json`,
+with the helpers below for what several families spell the same way.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from pagoda.common import PagodaError
+from pagoda.ops.activations import HF_ACTIVATIONS
 
 
 @dataclass
@@ -76,3 +81,49 @@ class Config:
         self.rotary_dim = self.rotary_dim or self.head_size
         self.attn_scale = self.attn_scale or self.head_size**-0.5
         self.windows = self.windows or (0,) * self.n_layer
+
+
+def rope_params(hf: dict[str, Any], theta: float = 10000.0, partial: float = 1.0) -> dict[str, Any]:
+    """Rotary parameters in the old spelling (`rope_theta`, `rope_scaling`, ...) or the new one (`rope_parameters`).
+
+    theta and partial (how much of a head rotates) are the family's defaults.
+    """
+    params = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    for key, default in (("rope_theta", theta), ("partial_rotary_factor", partial)):
+        if params.get(key) is None:
+            params[key] = default if hf.get(key) is None else hf[key]
+    params.setdefault("rope_type", params.get("type", "default"))
+    if hf.get("original_max_position_embeddings"):
+        params["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    return params
+
+
+def layer_windows(hf: dict[str, Any], window: int | None, sliding: list[bool]) -> tuple[int, ...]:
+    """The window of each layer (0: none), by `layer_types` where the configuration lists them, else by `sliding`."""
+    if types := hf.get("layer_types"):
+        if unknown := set(types) - {"full_attention", "sliding_attention"}:
+            raise PagodaError(f"layer type '{unknown.pop()}' is not supported, only full and sliding attention")
+        sliding = [t == "sliding_attention" for t in types]
+    return tuple((window or 0) if s else 0 for s in sliding)
+
+
+def activation_name(name: str) -> str:
+    """Our name of an activation function in a Hugging Face configuration."""
+    if name not in HF_ACTIVATIONS:
+        raise PagodaError(f"activation '{name}' is not supported: known are {', '.join(HF_ACTIVATIONS)}")
+    return HF_ACTIVATIONS[name]
+
+
+def only(hf: dict[str, Any], **supported: Any) -> None:
+    """Refuse other values of options that would change the results: these are the only ones that we support."""
+    for key, value in supported.items():
+        if hf.get(key, value) not in (None, value):
+            raise PagodaError(f"{hf['model_type']} with {key} = {hf[key]!r} is not supported (only {value!r})")
+
+
+def size_table(common: dict[str, Any], columns: str, rows: dict[str, tuple]) -> dict[str, dict[str, Any]]:
+    """Known sizes, compactly: what all have in common, and by name the values of the columns; a dict may follow."""
+    return {
+        name: {**common, **dict(zip(columns.split(), row)), **(row[-1] if isinstance(row[-1], dict) else {})}
+        for name, row in rows.items()
+    }

@@ -28,14 +28,18 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of weight (n_rows, n_embd) by index."""
+    """Rows of weight (n_rows, n_embd) by index, times a scale."""
 
-    def __init__(self, n_rows: int, n_embd: int):
+    def __init__(self, n_rows: int, n_embd: int, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(n_rows, n_embd))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weight)
+        x = embedding(ids, self.weight)
+        if self.scale == 1.0:
+            return x
+        return x * torch.tensor(self.scale, dtype=x.dtype)  # rounded to x's dtype first, as Gemma was trained
 
 
 class RMSNorm(nn.Module):

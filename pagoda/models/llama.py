@@ -8,20 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config
+from pagoda.models.config import Config, activation_name, only, rope_params
 from pagoda.models.gpt import GPT
-from pagoda.ops.activations import HF_ACTIVATIONS
-
-
-def rope_params(hf: dict[str, Any], theta: float = 10000.0) -> dict[str, Any]:
-    """Rotary parameters of a config.json, in the old spelling (`rope_theta`, `rope_scaling`) or the new one."""
-    params = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    params.setdefault("rope_theta", hf.get("rope_theta", theta))
-    params.setdefault("rope_type", params.get("type", "default"))
-    if "original_max_position_embeddings" in hf:
-        params["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    return params
-
 
 # What checkpoints of Llama's layout call our modules; Qwen, Gemma and Phi-3 start from this table.
 LLAMA_NAMES = {
@@ -38,40 +26,66 @@ LLAMA_NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
+# What transformers takes for keys that a config.json of these layouts leaves out.
+LLAMA_DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}
 
 
 class Llama(GPT):
-    """Llama 1 to 3.x and what follows its layout; Mistral by its sliding window."""
+    """Llama 1 to 3.x and what follows its layout."""
 
-    model_types = ("llama", "mistral")
-    architectures = ("LlamaForCausalLM", "MistralForCausalLM", "LLaMAForCausalLM")
+    model_types = ("llama",)
+    architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
+    defaults = {**LLAMA_DEFAULTS, "max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False}
     names = LLAMA_NAMES
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
-        n_layer = hf["num_hidden_layers"]
-        mistral = hf.get("model_type") == "mistral"
-        window = (hf.get("sliding_window") or 0) if mistral else 0
-        bias = hf.get("attention_bias", False)
-        return Config(
-            vocab_size=hf["vocab_size"],
-            n_layer=n_layer,
-            n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            n_embd=hf["hidden_size"],
-            head_size=hf.get("head_dim") or 0,
-            intermediate_size=hf["intermediate_size"],
-            block_size=hf.get("max_position_embeddings", 2048),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope=rope_params(hf),
-            qkv_bias=bias,
-            attn_bias=bias,
-            mlp_bias=hf.get("mlp_bias", False),
-            windows=(window,) * n_layer,
-            activation=HF_ACTIVATIONS[hf.get("hidden_act", "silu")],
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            init_std=hf.get("initializer_range", 0.02),
-        )
+        return llama_config(hf, qkv_bias=hf["attention_bias"], attn_bias=hf["attention_bias"], mlp_bias=hf["mlp_bias"])
+
+
+class Mistral(GPT):
+    """Mistral 7B: Llama with a sliding window in every layer."""
+
+    model_types = ("mistral",)
+    architectures = ("MistralForCausalLM",)
+    defaults = {
+        **LLAMA_DEFAULTS,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    }
+    names = LLAMA_NAMES
+
+    @classmethod
+    def read_config(cls, hf: dict[str, Any]) -> Config:
+        return llama_config(hf, windows=(hf["sliding_window"] or 0,) * hf["num_hidden_layers"])
+
+
+def llama_config(hf: dict[str, Any], theta: float = 10000.0, **more: Any) -> Config:
+    """What the configurations of Llama's layout have in common; `more` are the fields where a family differs."""
+    rope = rope_params(hf, theta)
+    only(rope | {"model_type": hf["model_type"]}, partial_rotary_factor=1.0)
+    fields = dict(
+        vocab_size=hf["vocab_size"],
+        n_layer=hf["num_hidden_layers"],
+        n_head=hf["num_attention_heads"],
+        n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        n_embd=hf["hidden_size"],
+        head_size=hf.get("head_dim") or 0,
+        intermediate_size=hf["intermediate_size"],
+        block_size=hf["max_position_embeddings"],
+        norm_eps=hf["rms_norm_eps"],
+        rope=rope,
+        activation=activation_name(hf["hidden_act"]),
+        tie_embeddings=hf["tie_word_embeddings"],
+        init_std=hf["initializer_range"],
+    )
+    return Config(**{**fields, **more})
 
 
 def _llama(vocab_size: int, n_layer: int, n_head: int, n_embd: int, mlp: int, context: int, **more: Any) -> dict:
@@ -111,7 +125,7 @@ _LLAMA32 = {**_LLAMA31, "rope_scaling": {**_LLAMA31["rope_scaling"], "factor": 3
 _MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_key_value_heads": 8}
 _SMOLLM2 = {"tie_word_embeddings": True, "rope_theta": 100000.0, "bos_token_id": 0, "eos_token_id": 0}
 
-Llama.sizes = {
+_SIZES = {
     "llama-7b": _llama(32000, 32, 32, 4096, 11008, 2048, rms_norm_eps=1e-6),
     "llama-13b": _llama(32000, 40, 40, 5120, 13824, 2048, rms_norm_eps=1e-6),
     "llama-30b": _llama(32000, 60, 52, 6656, 17920, 2048, rms_norm_eps=1e-6),
@@ -140,3 +154,6 @@ Llama.sizes = {
     "Mistral-7B-v0.1": _llama(32000, 32, 32, 4096, 14336, 32768, **_MISTRAL, sliding_window=4096),
     "Mistral-7B-v0.3": _llama(32768, 32, 32, 4096, 14336, 32768, **_MISTRAL, rope_theta=1e6, sliding_window=None),
 }
+
+for family in (Llama, Mistral):
+    family.sizes = {name: hf for name, hf in _SIZES.items() if hf["model_type"] in family.model_types}

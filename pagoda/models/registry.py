@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from pagoda.common import PagodaError, did_you_mean
+from pagoda.models.config import Config
 from pagoda.models.gpt import GPT
+from pagoda.models.rope import Rope
 
 # One module per family (or close kin); importing them is what makes them known.
-MODULES = ("llama",)
+MODULES = ("llama", "mixtral", "qwen", "gpt_neox", "gpt2", "phi", "phi3", "gemma", "bloom", "falcon", "opt")
 
 
 @cache
@@ -43,14 +46,35 @@ def family_of(hf: dict[str, Any], where: str = "config.json") -> type[GPT]:
 
 def from_hf_config(hf: dict[str, Any], where: str = "config.json") -> GPT:
     """An uninitialised model of the family and shape that a `config.json` describes, on the current default device."""
+    family, config = read_config(hf, where)
+    return family(config)
+
+
+def read_config(hf: dict[str, Any], where: str = "config.json") -> tuple[type[GPT], Config]:
+    """The family of a `config.json`, and our configuration."""
     family = family_of(hf, where)
-    hf = {"model_type": family.model_types[0], **hf}
+    if method := (hf.get("quantization_config") or {}).get("quant_method"):
+        raise PagodaError(f"{where}: weights quantized by '{method}' are not supported; use the unquantized model")
+    hf = {"model_type": family.model_types[0], **family.defaults, **hf}
     try:
-        config = family.read_config({**family.defaults, **hf})
+        config = family.read_config(hf)
+        Rope(config.rope, config.rotary_dim, config.block_size)
     except KeyError as e:
         raise PagodaError(f"{where}: {e} is missing; a {family.__name__} model needs it") from None
+    except PagodaError as e:
+        raise PagodaError(f"{where}: {e}") from None
     config.hf = config.hf or hf
-    return family(config)
+    return family, config
+
+
+def count_parameters(hf: dict[str, Any]) -> int:
+    """Parameters of the model that a configuration describes, without allocating it or building like layers twice."""
+    family, config = read_config(hf)
+    with torch.device("meta"):
+        if config.dense_layers:
+            return family(config).n_params()
+        one, two = (family(replace(config, n_layer=n, windows=())).n_params() for n in (1, 2))
+    return one + (config.n_layer - 1) * (two - one)
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -65,9 +89,3 @@ def known_config(name: str) -> dict[str, Any]:
     if key not in by_lower:
         raise PagodaError(f"unknown model name '{name}'{did_you_mean(key, known_models())} (`pagoda models` lists all)")
     return by_lower[key]
-
-
-def count_parameters(hf: dict[str, Any]) -> int:
-    """Parameters of the model that a configuration describes, without allocating it."""
-    with torch.device("meta"):
-        return from_hf_config(hf).n_params()

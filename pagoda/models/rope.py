@@ -22,13 +22,22 @@ class Rope:
     dim is how much of a head rotates; block_size the model's context.
     """
 
-    TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    TYPES = {  # and the parameters that each cannot do without
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": (),
+        "longrope": ("short_factor", "long_factor"),
+    }
 
     def __init__(self, params: dict[str, Any], dim: int, block_size: int):
         self.params, self.dim, self.block_size = params, dim, block_size
         self.type = params.get("rope_type", params.get("type", "default"))
         if self.type not in self.TYPES:
             raise PagodaError(f"rotary scaling '{self.type}' is not supported: known are {', '.join(self.TYPES)}")
+        if absent := [key for key in self.TYPES[self.type] if params.get(key) is None]:
+            raise PagodaError(f"rotary scaling '{self.type}' needs {', '.join(absent)}")
         self.by_length = self.type in ("dynamic", "longrope")
         self._table: tuple[Tensor, Tensor] | None = None
 
