@@ -5,6 +5,7 @@ variant does not compile, installing prints one warning and Pagoda runs on its P
 The modules use OpenMP but are not linked to a runtime: `pagoda.ops.cpu` lends them the one inside PyTorch.
 """
 
+import importlib.util
 import os
 import platform
 import sys
@@ -31,53 +32,45 @@ if sys.platform == "linux":
 
 
 class BuildKernels(build_ext):
-    """Compiles every (variant, source) pair on all cores, and only what changed."""
+    """Compiles every (variant, source) pair on all cores, and only what changed. The bindings serve all variants."""
 
     def build_extensions(self):
-        jobs = [(ext, source) for ext in self.extensions for source in ext.sources]
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda job: self.compile_one(*job), jobs))
-            for ext in self.extensions:
-                mine = [obj for (owner, _), obj in zip(jobs, objects) if owner is ext]
+                bindings = pool.submit(self.compile_one, "bindings", str(FOLDER / "bindings.cpp"), [])
+                kernels = [
+                    [pool.submit(self.compile_one, ext.name, source, ext.extra_compile_args) for source in ext.sources]
+                    for ext in self.extensions
+                ]
+            for ext, jobs in zip(self.extensions, kernels):
+                objects = [job.result() for job in [bindings, *jobs]]
                 path = self.get_ext_fullpath(ext.name)
-                self.compiler.link_shared_object(mine, path, target_lang="c++", extra_postargs=ext.extra_link_args)
+                self.compiler.link_shared_object(objects, path, target_lang="c++", extra_postargs=ext.extra_link_args)
         except Exception as error:  # setuptools has a dozen error classes for "no compiler"
             self.warn(f"the CPU kernels were not built, Pagoda will run its slower PyTorch reference: {error}")
             self.extensions[:] = []
 
-    def compile_one(self, ext, source):
-        folder = os.path.join(self.build_temp, ext.name)
+    def compile_one(self, folder, source, flags):
+        import pybind11
+
+        folder = os.path.join(self.build_temp, folder)
         target = Path(self.compiler.object_filenames([source], output_dir=folder)[0])
-        used = [path for path in ext.depends if Path(path).name in Path(source).read_text()]
-        newest = max(os.path.getmtime(path) for path in [source, __file__, *used])
+        headers = [path for path in FOLDER.glob("*.h") if path.name in Path(source).read_text()]
+        newest = max(os.path.getmtime(path) for path in [source, __file__, *headers])
         if self.force or not target.exists() or target.stat().st_mtime < newest:
-            self.compiler.compile(
-                [source], folder, ext.define_macros, ext.include_dirs, extra_postargs=ext.extra_compile_args
-            )
+            self.compiler.compile([source], folder, include_dirs=[pybind11.get_include()], extra_postargs=FLAGS + flags)
         return str(target)
 
 
 def extensions():
-    if os.name != "posix":
+    if os.name != "posix" or importlib.util.find_spec("pybind11") is None:
         return []
-    try:
-        import pybind11
-    except ImportError:
-        return []
-    sources = sorted(str(path) for path in FOLDER.glob("*.cpp"))
+    sources = sorted(str(path) for path in FOLDER.glob("*.cpp") if path.name != "bindings.cpp")
+    link = os.environ.get("PAGODA_LDFLAGS", "").split()
+    if sys.platform == "darwin":
+        link += ["-undefined", "dynamic_lookup"]
     return [
-        Extension(
-            f"pagoda.ops.cpu.{name}",
-            sources,
-            include_dirs=[pybind11.get_include()],
-            define_macros=[("PAGODA_MODULE", name)],
-            extra_compile_args=FLAGS + flags,
-            extra_link_args=os.environ.get("PAGODA_LDFLAGS", "").split()
-            + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
-            depends=sorted(str(path) for path in FOLDER.glob("*.h")),
-            optional=True,
-        )
+        Extension(f"pagoda.ops.cpu.{name}", sources, extra_compile_args=flags, extra_link_args=link, optional=True)
         for name, flags in VARIANTS.items()
     ]
 

@@ -1,9 +1,9 @@
 """Chooses the CPU kernels that this machine runs best, once, at import.
 
 The sources beside this file are compiled once per instruction set into `_portable`, `_avx2`, `_avx512` and
-`_avx512_bf16`. `kernels` is the module chosen, or None when none was built or `PAGODA_KERNELS=reference`; the operations
-in `pagoda/ops` look at it and run their PyTorch reference where it is None. `PAGODA_KERNELS` may also name a variant
-(`portable`, `avx2`, `avx512`, `avx512_bf16`) or `auto`.
+`_avx512_bf16`. `kernels` is the module chosen, or None when none was built or `PAGODA_KERNELS=reference`; the
+operations in `pagoda/ops` look at it and run their PyTorch reference where it is None. `PAGODA_KERNELS` may also name
+a variant (`portable`, `avx2`, `avx512`, `avx512_bf16`) or `auto`.
 
 Calling convention: pointers and strides are plain integers (0 is "no tensor"), strides count elements, dtypes are the
 codes in `DTYPE`. Nothing is checked on the C++ side, so the caller checks dtypes, strides and devices (`usable`).
@@ -25,7 +25,7 @@ DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  
 
 
 def _share_openmp():
-    """Makes the OpenMP runtime that PyTorch loaded visible to the kernels, so that one pool of threads owns the cores."""
+    """Makes the OpenMP runtime that PyTorch loaded visible to the kernels: one pool of threads owns the cores."""
     try:
         with open("/proc/self/maps") as maps:
             loaded = [line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line]

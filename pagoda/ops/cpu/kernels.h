@@ -2,8 +2,14 @@
 // To add one: declare it here, name it in KERNELS, define it in its operation's file.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 using ptr = uintptr_t;
+
+// linear.cpp. weight: the words that PackedWeight.descriptor() of formats.py writes. y and add are (rows, n_out), dense.
+void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype);
+void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype);
+void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype);
 
 // norm.cpp
 void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
@@ -11,6 +17,30 @@ void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int6
 void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_t rows, int64_t n, int64_t x_stride,
                 int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps);
 
+// activations.cpp
+void gated(ptr out, ptr gate, ptr up, int64_t rows, int64_t n, int64_t gate_stride, int64_t up_stride, int64_t dtype,
+           int64_t act);
+
+// rotary.cpp
+void rotary(ptr q_out, ptr k_out, ptr q, ptr k, ptr cos, ptr sin, int64_t rows, int64_t n_head, int64_t n_kv_head,
+            int64_t head_size, int64_t half, int64_t q_stride, int64_t k_stride, int64_t dtype);
+void rotary_store(ptr q_out, ptr q, ptr k, ptr v, ptr cos, ptr sin, ptr k_pages, ptr v_pages, ptr k_scale, ptr v_scale,
+                  ptr slots, int64_t rows, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t half,
+                  int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t cache_dtype);
+
+// attention.cpp
+void attention(ptr out, ptr q, ptr k, ptr v, ptr cu_seqlens, ptr block_table, ptr seq_lens, ptr k_scale, ptr v_scale,
+               ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t page_size,
+               int64_t max_pages, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t q_dtype,
+               int64_t kv_dtype, int64_t causal, int64_t window, double scale, double softcap, int64_t products);
+
 #define KERNELS(X) \
+  X(linear)        \
+  X(linear_many)   \
+  X(embedding)     \
   X(rms_norm)      \
-  X(layer_norm)
+  X(layer_norm) \
+  X(gated) \
+  X(rotary) \
+  X(rotary_store) \
+  X(attention)

@@ -61,7 +61,8 @@ void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_
       over_rows<T>(out, sum, x, delta, rows, n, x_stride, delta_stride, [=](T* y, const T* row) {
         vf total = zero(), squares = zero();
         for_each_vector(n, [&](int64_t i, auto load, auto) { total = add(total, load(row + i)); });
-        vf mean = set1(reduce_add(total) / n);
+        const float middle = reduce_add(total) / n;
+        const vf mean = set1(middle);
         int64_t whole = n / W * W;
         for (int64_t i = 0; i < whole; i += W) {
           vf a = sub(load(row + i), mean);
@@ -69,7 +70,7 @@ void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_
         }
         float variance = reduce_add(squares);
         for (int64_t i = whole; i < n; i++) {
-          float a = to_float(row[i]) - reduce_max(mean);
+          float a = to_float(row[i]) - middle;
           variance += a * a;
         }
         vf scale = set1(1.0f / std::sqrt(variance / n + float(eps)));

@@ -1,0 +1,527 @@
+// Attention of a flat stream of queries against ragged or paged keys and values, without ever holding all scores.
+//
+// Two ways through the same mathematics (online softmax: Milakov & Gimelshein 2018, Dao et al. 2022), chosen for each
+// sequence by its number of queries alone:
+//
+// decode (at most DECODE_QUERIES queries). Bound: memory, n_keys x 2 x head_size x the cache element's size per key
+//   head. The keys are cut at multiples of CHUNK positions. A thread takes (sequence, chunk, key head) items, reads
+//   each key and value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row;
+//   these are combined in the order of the chunks.
+// prefill (more queries). Bound: multiplications, 4 x head_size per query head and visible key. A thread takes
+//   (sequence, key head, tile of queries) items and goes through tiles of TILE keys: the keys are packed transposed, the
+//   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
+//   and cache are bf16 and the CPU multiplies bf16, in pairs of bf16 with float32 sums (the weights are then rounded to
+//   bf16, as PyTorch's own flash attention does). Tiles that no query of the item sees are skipped.
+//
+// Chunks and tiles stand at fixed key positions and masked keys weigh exactly 0, so the bits of a row's result depend on
+// nothing else in the batch and not on the number of threads. Between decode and prefill the last bits differ.
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+#include <vector>
+
+namespace {
+
+constexpr int64_t DECODE_QUERIES = 8, CHUNK = 128, TILE = 64;
+constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
+constexpr int DECODE_ROWS = W == 16 ? 4 : 2, MR = W == 16 ? 6 : 4, NV = W == 16 ? 4 : 2;  // what fits in the registers
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+struct Problem {
+  ptr out, q, k, v;
+  const int32_t *cu_seqlens, *block_table, *seq_lens;
+  const float *k_scale, *v_scale, *alibi;
+  int64_t n_seq, n_head, n_kv_head, head_size, page_size, max_pages, q_stride, k_stride, v_stride, q_dtype, kv_dtype;
+  int64_t causal, window;
+  float scale, softcap;
+
+  int64_t group() const { return n_head / n_kv_head; }
+  int64_t padded() const { return (head_size + 2 * W - 1) / (2 * W) * (2 * W); }
+};
+
+struct Sequence {  // one sequence of the stream
+  const Problem& p;
+  int64_t first, n_q, n_k;  // its first query's row; how many queries and keys
+  const int32_t* pages;
+
+  Sequence(const Problem& p, int64_t s) : p(p), first(p.cu_seqlens[s]), n_q(p.cu_seqlens[s + 1] - first) {
+    n_k = p.seq_lens ? p.seq_lens[s] : n_q;
+    pages = p.block_table ? p.block_table + s * p.max_pages : nullptr;
+  }
+  int64_t position(int64_t query) const { return n_k - n_q + query; }
+  // Query sees keys low .. high - 1.
+  int64_t low(int64_t query) const { return p.window ? std::max<int64_t>(0, position(query) - p.window + 1) : 0; }
+  int64_t high(int64_t query) const { return p.causal ? position(query) + 1 : n_k; }
+
+  // Where keys from .. to - 1 of one head stand: their offsets in k and v, and in the scales.
+  void locate(int64_t from, int64_t to, int64_t head, int64_t* k_at, int64_t* v_at, int64_t* scale_at) const {
+    for (int64_t j = from; j < to;) {
+      int64_t row = first + j, run = to - j;  // `run` keys stand in consecutive rows
+      if (pages) {
+        row = pages[j / p.page_size] * p.page_size + j % p.page_size;
+        run = std::min(run, p.page_size - j % p.page_size);
+      }
+      for (int64_t i = 0; i < run; i++, j++, row++) {
+        k_at[j - from] = row * p.k_stride + head * p.head_size;
+        v_at[j - from] = row * p.v_stride + head * p.head_size;
+        scale_at[j - from] = row * p.n_kv_head + head;
+      }
+    }
+  }
+};
+
+void read_row(float* to, ptr from, int64_t at, int64_t dtype, int64_t n) {
+  with_float_type(dtype, [&](auto type) {
+    auto row = (const decltype(type)*)from + at;
+    for_each_vector(n, [&](int64_t i, auto load, auto store) { store(to + i, load(row + i)); });
+  });
+}
+
+void write_row(ptr to, int64_t at, int64_t dtype, const float* from, float factor, int64_t n) {
+  with_float_type(dtype, [&](auto type) {
+    auto row = (decltype(type)*)to + at;
+    for_each_vector(n, [&](int64_t i, auto load, auto store) { store(row + i, mul(load(from + i), set1(factor))); });
+  });
+}
+
+// Turns a row's products q.k with keys start .. start + n - 1 (n a multiple of W) into exp(score - maximum), 0 for keys
+// the query does not see. Returns the maximum, over `before` too, and the sum of the weights.
+INLINE float weigh(const Sequence& s, float* x, int64_t n, int64_t start, int64_t query, int64_t head, float before,
+                   float* sum) {
+  static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Problem& p = s.p;
+  const vf scale = set1(p.scale), cap = set1(p.softcap), slope = set1(p.alibi ? p.alibi[head] : 0);
+  vf largest = set1(before);
+  for (int64_t i = 0; i < n; i += W) {
+    vf a = mul(load(x + i), scale);
+    if (p.softcap) a = mul(cap, tanh(div(a, cap)));
+    if (p.alibi) a = fma(slope, add(load(LANE), set1(float(start + i - s.position(query)))), a);
+    store(x + i, a);
+    largest = max(a, largest);
+  }
+  const int64_t low = s.low(query) - start, high = s.high(query) - start;
+  if (low > 0 || high < n) {
+    for (int64_t i = 0; i < std::min(low, n); i++) x[i] = -INF;
+    for (int64_t i = std::max<int64_t>(high, 0); i < n; i++) x[i] = -INF;
+    largest = set1(before);
+    for (int64_t i = 0; i < n; i += W) largest = max(load(x + i), largest);
+  }
+  const float maximum = reduce_max(largest);
+  const vf shift = set1(maximum == -INF ? 0 : maximum);  // nothing seen yet: the weights are exp(-infinity) = 0
+  vf total = zero();
+  for (int64_t i = 0; i < n; i += W) {
+    vf a = exp(sub(load(x + i), shift));
+    store(x + i, a);
+    total = add(total, a);
+  }
+  *sum = reduce_add(total);
+  return maximum;
+}
+
+// What weights relative to the maximum `before` shrink by when the maximum grows to `now`.
+INLINE float shrink(float before, float now) {
+  if (before == now) return 1;  // also where both are infinite
+  float factor[W];
+  store(factor, exp(set1(before - now)));
+  return factor[0];
+}
+
+// ---------------------------------------------------------------------------------------------------------- decode
+
+// x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
+template <class T, int R>
+void decode_scores(const T* k, const int64_t* at, int64_t n, const float* q, int64_t padded, int64_t head_size, float* x) {
+  for (int64_t j = 0; j < n; j += 4) {
+    vf acc[4][R];
+    for (auto& row : acc)
+      for (vf& a : row) a = zero();
+    auto step = [&](int64_t d, auto key) {
+      for (int t = 0; t < 4; t++) {
+        vf a, b;
+        load_pair(key(t), a, b);
+        for (int r = 0; r < R; r++) {
+          acc[t][r] = fma(a, load(q + r * padded + d), acc[t][r]);
+          acc[t][r] = fma(b, load(q + r * padded + d + W), acc[t][r]);
+        }
+      }
+    };
+    const T* row[4];
+    for (int t = 0; t < 4; t++) row[t] = k + at[std::min(j + t, n - 1)];
+    int64_t d = 0;
+    for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return row[t] + d; });
+    if (d < head_size) {
+      T tail[4][2 * W] = {};
+      for (int t = 0; t < 4; t++) memcpy(tail[t], row[t] + d, (head_size - d) * sizeof(T));
+      step(d, [&](int t) { return (const T*)tail[t]; });
+    }
+    for (int r = 0; r < R; r++) sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r], x + r * CHUNK + j);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
+template <int R>
+void decode_scores_bf16(const bf16* k, const int64_t* at, int64_t n, const bf16* q, int64_t padded, int64_t head_size, float* x) {
+  for (int64_t j = 0; j < n; j += 4) {
+    vf acc[4][R];
+    for (auto& row : acc)
+      for (vf& a : row) a = zero();
+    for (int64_t d = 0; d < head_size; d += 2 * W)
+      for (int t = 0; t < 4; t++) {
+        const bf16* row = k + at[std::min(j + t, n - 1)] + d;
+        vi key;
+        if (d + 2 * W <= head_size) key = load_bits(row);
+        else {
+          bf16 tail[2 * W] = {};
+          memcpy(tail, row, (head_size - d) * sizeof(bf16));
+          key = load_bits(tail);
+        }
+        for (int r = 0; r < R; r++) acc[t][r] = dot_bf16(acc[t][r], load_bits(q + r * padded + d), key);
+      }
+    for (int r = 0; r < R; r++) sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r], x + r * CHUNK + j);
+  }
+}
+#endif
+
+// o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements, of which `length` < 2W exist if P == 1.
+template <class T, int R, int P>
+INLINE void decode_values_block(const T* v, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, int64_t length) {
+  vf acc[R][2 * P];
+  for (auto& row : acc)
+    for (vf& a : row) a = zero();
+  T tail[2 * W] = {};
+  for (int64_t j = 0; j < n; j++) {
+    const T* row = v + at[j];
+    if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
+    vf value[2 * P];
+    for (int i = 0; i < P; i++) load_pair(row + 2 * W * i, value[2 * i], value[2 * i + 1]);
+    for (int r = 0; r < R; r++) {
+      vf weight = set1(x[r * CHUNK + j]);
+      for (int i = 0; i < 2 * P; i++) acc[r][i] = fma(weight, value[i], acc[r][i]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
+}
+
+template <class T, int R>
+void decode_values(const T* v, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, int64_t head_size) {
+  constexpr int P = W == 16 ? 2 : 1;
+  int64_t d = 0;
+  for (; d + 2 * W * P <= head_size; d += 2 * W * P) decode_values_block<T, R, P>(v + d, at, n, x, o + d, padded, 2 * W);
+  for (; d < head_size; d += 2 * W)
+    decode_values_block<T, R, 1>(v + d, at, n, x, o + d, padded, std::min<int64_t>(2 * W, head_size - d));
+}
+
+// Runs f(R) for the compile-time constant R = rows, at most MOST.
+template <int MOST, class F> INLINE void with_count(int64_t rows, F f) {
+  if (rows == MOST) f(std::integral_constant<int, MOST>());
+  else if constexpr (MOST > 1) with_count<MOST - 1>(rows, f);
+}
+
+struct DecodeItem { int64_t sequence, chunk; float* result; };  // result: per row of the sequence, padded + 2 floats
+
+// One chunk of keys against all rows (queries x group) of one key head.
+template <class T> void decode_chunk(const Problem& p, const DecodeItem& item, int64_t head, int64_t products) {
+  const Sequence s(p, item.sequence);
+  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK;
+  const int64_t from = std::max(start, s.low(0)), n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
+  const int64_t skipped = from - start, whole = (skipped + n + W - 1) / W * W;
+  int64_t k_at[CHUNK], v_at[CHUNK], scale_at[CHUNK];
+  s.locate(from, from + n, head, k_at, v_at, scale_at);
+  (void)products;
+
+  static thread_local std::vector<float> scratch;
+  scratch.resize(DECODE_ROWS * (2 * padded + CHUNK));
+  float *plain = scratch.data(), *q = plain + DECODE_ROWS * padded, *x = q + DECODE_ROWS * padded;
+  for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
+    with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
+      auto q_at = [&](int64_t r) { return (s.first + r / group) * p.q_stride + (head * group + r % group) * p.head_size; };
+      bool done = false;
+#if defined(__AVX512BF16__)
+      if constexpr (std::is_same_v<T, bf16>)
+        if (products && p.q_dtype == BF16) {
+          bf16* pairs = (bf16*)q;
+          for (int r = 0; r < R; r++) {
+            memset(pairs + r * padded, 0, padded * sizeof(bf16));
+            memcpy(pairs + r * padded, (const bf16*)p.q + q_at(r0 + r), p.head_size * sizeof(bf16));
+          }
+          decode_scores_bf16<R>((const bf16*)p.k, k_at, n, pairs, padded, p.head_size, x + skipped);
+          done = true;
+        }
+#endif
+      if (!done) {
+        for (int r = 0; r < R; r++) {
+          float *row = plain + r * padded, *laid = q + r * padded;
+          std::fill(row + p.head_size, row + padded, 0.0f);
+          read_row(row, p.q, q_at(r0 + r), p.q_dtype, p.head_size);
+          for (int64_t d = 0; d < padded; d += 2 * W)
+            for (int i = 0; i < 2 * W; i++) laid[d + place<T>(i)] = row[d + i];
+        }
+        decode_scores<T, R>((const T*)p.k, k_at, n, q, padded, p.head_size, x + skipped);
+      }
+      float* result = item.result + (head * rows + r0) * (padded + 2);
+      for (int r = 0; r < R; r++) {
+        float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
+        if (p.k_scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.k_scale[scale_at[j]];
+        std::fill(row, row + skipped, 0.0f);  // weigh hides these and those behind the last key
+        std::fill(row + skipped + n, row + whole, 0.0f);
+        tail[0] = weigh(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF, tail + 1);
+        if (p.v_scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.v_scale[scale_at[j]];
+      }
+      decode_values<T, R>((const T*)p.v, v_at, n, x + skipped, result, padded, p.head_size);
+    });
+  }
+}
+
+// Combines the chunks of one (sequence, query head): `results` of consecutive chunks are `stride` apart.
+template <class T>
+void decode_combine(const Problem& p, const Sequence& s, const float* results, int64_t n_chunks, int64_t stride, int64_t head) {
+  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group;
+  std::vector<float> total(2 * padded);
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t r0 = row / DECODE_ROWS * DECODE_ROWS, R = std::min<int64_t>(DECODE_ROWS, rows - r0);
+    const float* block = results + (head * rows + r0) * (padded + 2);
+    const float *value = block + (row - r0) * padded, *tail = block + R * padded + 2 * (row - r0);
+    float largest = -INF, sum = 0;
+    for (int64_t c = 0; c < n_chunks; c++) largest = std::max(largest, tail[c * stride]);
+    std::fill(total.begin(), total.end(), 0.0f);
+    for (int64_t c = 0; c < n_chunks; c++) {
+      const float factor = shrink(tail[c * stride], largest);
+      sum += factor * tail[c * stride + 1];
+      for (int64_t d = 0; d < padded; d += W)
+        store(&total[d], fma(set1(factor), load(value + c * stride + d), load(&total[d])));
+    }
+    float* plain = &total[padded];
+    for (int64_t d = 0; d < padded; d += 2 * W)
+      for (int i = 0; i < 2 * W; i++) plain[d + i] = total[d + place<T>(i)];
+    const int64_t out_row = (s.first + row / group) * p.n_head + head * group + row % group;
+    write_row(p.out, out_row * p.head_size, p.q_dtype, plain, 1 / sum, p.head_size);
+  }
+}
+
+template <class T> void decode(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
+  struct Share { int64_t sequence, n_chunks, stride; size_t results; };
+  std::vector<Share> shares;
+  std::vector<DecodeItem> items;
+  size_t size = 0;
+  int64_t longest = 0;
+  for (int64_t index : sequences) {
+    const Sequence s(p, index);
+    const int64_t begin = s.low(0) / CHUNK, end = (s.high(s.n_q - 1) + CHUNK - 1) / CHUNK;
+    const int64_t stride = s.n_q * p.n_head * (p.padded() + 2);
+    shares.push_back({index, end - begin, stride, size});
+    for (int64_t c = begin; c < end; c++, size += stride) items.push_back({index, c, (float*)size});
+    longest = std::max(longest, s.n_k);
+  }
+  static thread_local std::vector<float> scratch;
+  if (scratch.size() < size) scratch.resize(size);
+  float* results = scratch.data();
+
+  const int64_t heads = p.n_kv_head;
+  parallel_for(items.size() * heads, longest >= 48 ? 1 : 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      DecodeItem item = items[i / heads];
+      item.result = results + (size_t)item.result;
+      decode_chunk<T>(p, item, i % heads, products);
+    }
+  });
+  parallel_for(shares.size() * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const Share& share = shares[i / heads];
+      decode_combine<T>(p, Sequence(p, share.sequence), results + share.results, share.n_chunks, share.stride, i % heads);
+    }
+  });
+}
+
+// --------------------------------------------------------------------------------------------------------- prefill
+
+// Matrix products on 32-bit cells: a cell holds one float32, or a pair of bf16 that lie along the summed dimension.
+struct Float32 {
+  static constexpr int64_t PER_CELL = 1;
+  static INLINE vf step(vf acc, vf a, vf b) { return fma(a, b, acc); }
+};
+struct PairsOfBf16 {
+  static constexpr int64_t PER_CELL = 2;
+  static INLINE vf step(vf acc, vf a, vf b) { return dot_bf16(acc, (vi)a, (vi)b); }
+};
+
+// c (MR, N * W) = [c +] a (MR, depth) b (depth, N * W), all of c in registers.
+template <class Cell, int N>
+void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  vf acc[MR][N];
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < N; n++) acc[m][n] = accumulate ? load(c + m * ldc + n * W) : zero();
+  for (int64_t i = 0; i < depth; i++) {
+    vf row[N];
+    for (int n = 0; n < N; n++) row[n] = load(b + i * ldb + n * W);
+    for (int m = 0; m < MR; m++) {
+      const vf x = set1(a[m * lda + i]);
+      for (int n = 0; n < N; n++) acc[m][n] = Cell::step(acc[m][n], x, row[n]);
+    }
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+// `rows` is a multiple of MR.
+template <class Cell>
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t columns, int64_t depth,
+             float* c, int64_t ldc, bool accumulate) {
+  for (int64_t n = 0; n < columns; n += NV * W)  // b's column block stays in the L1 cache
+    with_count<NV>(std::min<int64_t>(NV, (columns - n) / W), [&](auto N) {
+      for (int64_t m = 0; m < rows; m += MR)
+        product_block<Cell, N>(a + m * lda, lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
+    });
+}
+
+// The rows of a tile as vectors: row(t, d) gives W cells of key t from cell d on, zeros where there is no such key.
+template <class Cell, class T> struct TileRows {
+  const T* base;
+  const int64_t* at;
+  const float* scale;  // per key, or nullptr
+  const int64_t* scale_at;
+  int64_t begin, end, head_size;  // keys begin .. end - 1 of the tile exist
+
+  INLINE vi row(int64_t t, int64_t d) const {
+    const int64_t left = head_size - d * Cell::PER_CELL;
+    if (t < begin || t >= end || left <= 0) return set1_bits(0);
+    const T* p = base + at[t - begin] + d * Cell::PER_CELL;
+    if constexpr (Cell::PER_CELL == 2) {
+      if (left >= 2 * W) return load_bits(p);
+      T tail[2 * W] = {};
+      memcpy(tail, p, left * sizeof(T));
+      return load_bits(tail);
+    } else {
+      vf a = left >= W ? load(p) : load_part(p, int(left));
+      return (vi)(scale ? mul(a, set1(scale[scale_at[t - begin]])) : a);
+    }
+  }
+};
+
+// Keys, transposed: to (padded / PER_CELL, TILE) cells.
+template <class Cell, class T> void pack_keys(const TileRows<Cell, T>& keys, int64_t padded, float* to) {
+  for (int64_t d = 0; d < padded / Cell::PER_CELL; d += W)
+    for (int64_t j = 0; j < TILE; j += W) {
+      vi block[W];
+      for (int t = 0; t < W; t++) block[t] = keys.row(j + t, d);
+      transpose(block);
+      for (int i = 0; i < W; i++) store_bits(to + (d + i) * TILE + j, block[i]);
+    }
+}
+
+// Values: to (TILE / PER_CELL, padded) cells; a pair of bf16 takes them from two consecutive keys.
+template <class Cell, class T> void pack_values(const TileRows<Cell, T>& values, int64_t padded, float* to) {
+  if constexpr (Cell::PER_CELL == 2)
+    for (int64_t j = 0; j < TILE; j += 2)
+      for (int64_t d = 0; d < padded; d += 2 * W) {
+        uint16_t even[2 * W], odd[2 * W];
+        store_bits(even, values.row(j, d / 2));
+        store_bits(odd, values.row(j + 1, d / 2));
+        for (int i = 0; i < 2; i++) interleave(even + i * W, odd + i * W, to + j / 2 * padded + d + i * W);
+      }
+  else
+    for (int64_t j = 0; j < TILE; j++)
+      for (int64_t d = 0; d < padded; d += W) store_bits(to + j * padded + d, values.row(j, d));
+}
+
+struct PrefillItem { int64_t sequence, head, first, n; };  // queries first .. first + n - 1
+
+template <class Cell, class T> void prefill_tile(const Problem& p, const PrefillItem& item) {
+  const Sequence s(p, item.sequence);
+  const int64_t group = p.group(), padded = p.padded(), rows = item.n * group, depth = padded / Cell::PER_CELL;
+  const int64_t all_rows = (rows + MR - 1) / MR * MR;  // those behind the last are never read
+  static thread_local std::vector<float> scratch;
+  const size_t size = all_rows * (depth + 2 * TILE + padded + 2) + TILE * 2 * padded;
+  if (scratch.size() < size) scratch.resize(size);
+  float *q = scratch.data(), *k = q + all_rows * depth, *v = k + TILE * depth, *x = v + TILE / Cell::PER_CELL * padded;
+  float *pairs = x + all_rows * TILE, *o = pairs + all_rows * TILE / 2, *largest = o + all_rows * padded;
+  float* sums = largest + all_rows;
+  std::fill(q, q + all_rows * depth, 0.0f);
+  std::fill(pairs, largest, 0.0f);
+  std::fill(largest, largest + rows, -INF);
+  std::fill(sums, sums + rows, 0.0f);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t at = (s.first + item.first + r / group) * p.q_stride + (item.head * group + r % group) * p.head_size;
+    if (Cell::PER_CELL == 2) memcpy(q + r * depth, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
+    else read_row(q + r * depth, p.q, at, p.q_dtype, p.head_size);
+  }
+
+  const int64_t low = s.low(item.first), high = s.high(item.first + item.n - 1);
+  for (int64_t start = low / TILE * TILE; start < high; start += TILE) {
+    const int64_t begin = std::max(low, start), end = std::min(high, start + TILE);
+    int64_t k_at[TILE], v_at[TILE], scale_at[TILE];
+    s.locate(begin, end, item.head, k_at, v_at, scale_at);
+    const TileRows<Cell, T> keys{(const T*)p.k, k_at, p.k_scale, scale_at, begin - start, end - start, p.head_size};
+    const TileRows<Cell, T> values{(const T*)p.v, v_at, p.v_scale, scale_at, begin - start, end - start, p.head_size};
+    pack_keys(keys, padded, k);
+    pack_values(values, padded, v);
+
+    product<Cell>(q, depth, k, TILE, all_rows, TILE, depth, x, TILE, false);
+    for (int64_t r = 0; r < rows; r++) {
+      float sum, before = largest[r];
+      largest[r] = weigh(s, x + r * TILE, TILE, start, item.first + r / group, item.head * group + r % group, before, &sum);
+      const float factor = shrink(before, largest[r]);
+      sums[r] = sums[r] * factor + sum;
+      if (factor != 1)
+        for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), set1(factor)));
+      if (Cell::PER_CELL == 2)
+        for (int64_t j = 0; j < TILE; j += W) store((bf16*)(pairs + r * TILE / 2) + j, load(x + r * TILE + j));
+    }
+    product<Cell>(Cell::PER_CELL == 2 ? pairs : x, TILE / Cell::PER_CELL, v, padded, all_rows, padded, TILE / Cell::PER_CELL,
+                  o, padded, true);
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t row = (s.first + item.first + r / group) * p.n_head + item.head * group + r % group;
+    write_row(p.out, row * p.head_size, p.q_dtype, o + r * padded, 1 / sums[r], p.head_size);
+  }
+}
+
+template <class T> void prefill(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
+#if defined(__AVX512BF16__)
+  const bool native = true;
+#else
+  const bool native = false;
+#endif
+  const bool in_pairs = p.q_dtype == BF16 && (products == 2 || (products == 1 && native));
+  const int64_t step = std::max<int64_t>(1, TILE_ROWS / p.group());
+  std::vector<PrefillItem> items;
+  for (int64_t index : sequences) {
+    const int64_t n_q = Sequence(p, index).n_q;
+    for (int64_t first = (n_q - 1) / step * step; first >= 0; first -= step)  // the last see most keys: they go first
+      for (int64_t head = 0; head < p.n_kv_head; head++) items.push_back({index, head, first, std::min(step, n_q - first)});
+  }
+  parallel_dynamic(items.size(), [&](int64_t i) {
+    if constexpr (std::is_same_v<T, bf16>)
+      if (in_pairs) return prefill_tile<PairsOfBf16, T>(p, items[i]);
+    prefill_tile<Float32, T>(p, items[i]);
+  });
+}
+
+}  // namespace
+
+// products: 0 float32 throughout, 1 bf16 products where the CPU has them, 2 bf16 products even if emulated (for tests).
+void attention(ptr out, ptr q, ptr k, ptr v, ptr cu_seqlens, ptr block_table, ptr seq_lens, ptr k_scale, ptr v_scale,
+               ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t page_size,
+               int64_t max_pages, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t q_dtype,
+               int64_t kv_dtype, int64_t causal, int64_t window, double scale, double softcap, int64_t products) {
+  const Problem p{out, q, k, v, (const int32_t*)cu_seqlens, (const int32_t*)block_table, (const int32_t*)seq_lens,
+                  (const float*)k_scale, (const float*)v_scale, (const float*)alibi, n_seq, n_head, n_kv_head, head_size,
+                  page_size, max_pages, q_stride, k_stride, v_stride, q_dtype, kv_dtype, causal, window, float(scale),
+                  float(softcap)};
+  std::vector<int64_t> few, many;
+  for (int64_t s = 0; s < n_seq; s++) {
+    const int64_t n_q = Sequence(p, s).n_q;
+    if (n_q > 0) (n_q <= DECODE_QUERIES ? few : many).push_back(s);
+  }
+  auto run = [&](auto type) {
+    using T = decltype(type);
+    if (!many.empty()) prefill<T>(p, many, products);
+    if (!few.empty()) decode<T>(p, few, products);
+  };
+  if (kv_dtype == I8) run(int8_t{});
+  else with_float_type(kv_dtype, run);
+}
