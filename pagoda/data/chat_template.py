@@ -19,8 +19,8 @@ def render(template: str | None, messages: list[dict[str, Any]], **variables: An
     template: Jinja source; None raises PagodaError.
     messages: `{"role": "user", "content": "..."}` dicts; templates may know further keys, such as `tool_calls`.
     variables: what templates read besides: `add_generation_prompt`, `bos_token`, `eos_token`, `tools` (JSON schemas),
-    `documents`, and the template's own (`enable_thinking`). Those that are None count as undefined text, as they do in
-    transformers. A template that is broken or that refuses the conversation raises PagodaError.
+    `documents`, and the template's own (`enable_thinking`); None means not given.
+    A template that is broken or that refuses the conversation raises PagodaError.
     """
     if not template:
         raise PagodaError(
@@ -28,9 +28,11 @@ def render(template: str | None, messages: list[dict[str, Any]], **variables: An
         )
     import jinja2
 
-    variables = {"add_generation_prompt": False, "tools": None, "documents": None} | variables
+    # Templates ask whether `tools` is none; a missing `bos_token` must print as nothing, though, and not as "None".
+    given = {name: value for name, value in variables.items() if value is not None}
+    given = {"add_generation_prompt": False, "tools": None, "documents": None} | given
     try:
-        return _compile(template).render(messages=messages, **variables)
+        return _compile(template).render(messages=messages, **given)
     except jinja2.TemplateSyntaxError as error:
         raise PagodaError(f"the model's chat template is broken (line {error.lineno}: {error.message})") from None
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -48,7 +50,7 @@ def _compile(template: str):
     class Generation(Extension):
         """`{% generation %}` marks what the assistant says, for training; the text is the same without it."""
 
-        tags = {"generation"}  # noqa: RUF012
+        tags = {"generation"}
 
         def parse(self, parser):
             next(parser.stream)

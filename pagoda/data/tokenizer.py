@@ -120,8 +120,7 @@ class Tokenizer:
         messages: `{"role": ..., "content": ...}` dicts. A model without a template raises PagodaError, and so does a
         conversation that the template refuses.
         """
-        named = {name: self.special.get(name) for name in SPECIAL_NAMES}
-        named |= {"add_generation_prompt": add_generation_prompt, "tools": tools} | variables
+        named = self.special | {"add_generation_prompt": add_generation_prompt, "tools": tools} | variables
         return render(self.chat_template, messages, **named)
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -388,6 +387,7 @@ def _sentencepiece(
     steps = [normalizers.Precompiled(charsmap)] if charsmap else []
     if squeeze:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        prefix = "always" if prefix == "first" else prefix  # `first` misses a text whose own first spaces are gone
     if steps:
         backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=prefix, split=False)
