@@ -1,7 +1,9 @@
 """Attention over a flat stream: ragged queries against ragged or paged keys and values.
 
 One operation serves training batches, packed documents, prefills and decode steps. The reference below is a loop over
-the sequences of the stream.
+the sequences of the stream. On a CPU, where no gradient is wanted, ops/cpu/attention.cpp computes it: there the bits of
+a row's result depend neither on the rest of the batch nor on the number of threads. They do depend on whether at most
+8 queries of its sequence came in this step (decode) or more (prefill), in the last places.
 """
 
 import torch
@@ -44,6 +46,10 @@ def attention(
     k_scale      (n_pages, page_size, n_kv_head) float32: what an int8 cache is multiplied by; v_scale the same
     Returns (N, n_head, head_size) in q's dtype.
     """
+    if _kernel_takes(q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale):
+        return _kernel(
+            q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale
+        )
     out = torch.empty_like(q)
     bounds = cu_seqlens.tolist()
     lengths = None if seq_lens is None else seq_lens.tolist()
@@ -122,3 +128,65 @@ def preferred_page_size(device: torch.device, longest: int) -> int:
     there a sequence gets one page of its own.
     """
     return 64 if device.type == "cpu" and cpu.kernels is not None else longest
+
+
+def _kernel_takes(q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale) -> bool:
+    if not (cpu.usable(q) and q.dtype in cpu.FLOATS and v.dtype == k.dtype and cu_seqlens.dtype == torch.int32):
+        return False
+    if block_table is None:
+        return k.dtype in cpu.FLOATS
+    return (
+        k.dtype in cpu.DTYPE
+        and (k.dtype == torch.int8) == (k_scale is not None and v_scale is not None)
+        and k.is_contiguous()
+        and v.is_contiguous()
+        and block_table.dtype == seq_lens.dtype == torch.int32
+        and block_table.stride(1) == 1
+    )
+
+
+def _kernel(
+    q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale, products=1
+) -> Tensor:
+    """`products`: 0 multiplies in float32 always, 1 in bf16 where the CPU does, 2 in bf16 even if emulated (tests)."""
+    n, n_head, head_size = q.shape
+    q, out = cpu.heads(q), q.new_empty(n, n_head, head_size)
+    if block_table is None:
+        k, v, page_size, max_pages = cpu.heads(k), cpu.heads(v), 0, 0
+        n_kv_head = k.shape[1]
+        k_stride, v_stride = k.stride(0), v.stride(0)
+    else:
+        _, page_size, n_kv_head, _ = k.shape
+        max_pages = block_table.stride(0)
+        k_stride = v_stride = n_kv_head * head_size
+    if alibi is not None:
+        alibi = alibi.float().contiguous()
+    cpu.kernels.attention(
+        out.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        cu_seqlens.data_ptr(),
+        0 if block_table is None else block_table.data_ptr(),
+        0 if block_table is None else seq_lens.data_ptr(),
+        cpu.pointer(k_scale),
+        cpu.pointer(v_scale),
+        cpu.pointer(alibi),
+        cu_seqlens.shape[0] - 1,
+        n_head,
+        n_kv_head,
+        head_size,
+        page_size,
+        max_pages,
+        q.stride(0),
+        k_stride,
+        v_stride,
+        cpu.DTYPE[q.dtype],
+        cpu.DTYPE[k.dtype],
+        causal,
+        window,
+        scale,
+        softcap,
+        products,
+    )
+    return out

@@ -4,12 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pagoda.ops import cpu
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root mean square norm over the last dimension (Zhang & Sennrich 2019): `x / rms(x) * (offset + weight)`.
 
     x (..., n), weight (n,). `offset` is 1 for the Gemma families, whose weights are stored around zero.
     """
+    if _kernel_takes(x, weight):
+        return _kernel_rms_norm(x, None, weight, eps, offset)[1]
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * (weight.float() + offset)).to(x.dtype)
@@ -17,16 +21,85 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm over the last dimension (Ba et al. 2016). x (..., n), weight and bias (n,)."""
+    if _kernel_takes(x, weight):
+        return _kernel_layer_norm(x, None, weight, bias, eps)[1]
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """The residual step and the norm after it: `(x + delta, rms_norm(x + delta))`."""
+    if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
+        return _kernel_rms_norm(x, delta, weight, eps, offset)
     x = x + delta
     return x, rms_norm(x, weight, eps, offset)
 
 
 def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The residual step and the norm after it: `(x + delta, layer_norm(x + delta))`."""
+    if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
+        return _kernel_layer_norm(x, delta, weight, bias, eps)
     x = x + delta
     return x, layer_norm(x, weight, bias, eps)
+
+
+# The same by ops/cpu/norm.cpp.
+
+
+def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
+    return cpu.usable(x) and x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS and weight.is_contiguous()
+
+
+def _layout(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int, int, int]:
+    y = x.new_empty(x.shape)
+    x, n_rows, stride = cpu.rows(x)
+    if delta is None:
+        return x, None, None, y, n_rows, stride, 0
+    total = y.new_empty(y.shape)
+    delta, _, delta_stride = cpu.rows(delta)
+    return x, delta, total, y, n_rows, stride, delta_stride
+
+
+def _kernel_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor | None, Tensor]:
+    x, delta, total, y, n_rows, stride, delta_stride = _layout(x, delta)
+    cpu.kernels.rms_norm(
+        y.data_ptr(),
+        cpu.pointer(total),
+        x.data_ptr(),
+        cpu.pointer(delta),
+        weight.data_ptr(),
+        n_rows,
+        x.shape[-1],
+        stride,
+        delta_stride,
+        cpu.DTYPE[x.dtype],
+        cpu.DTYPE[weight.dtype],
+        eps,
+        offset,
+    )
+    return total, y
+
+
+def _kernel_layer_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor]:
+    x, delta, total, y, n_rows, stride, delta_stride = _layout(x, delta)
+    if bias is not None:
+        bias = bias.to(weight.dtype).contiguous()
+    cpu.kernels.layer_norm(
+        y.data_ptr(),
+        cpu.pointer(total),
+        x.data_ptr(),
+        cpu.pointer(delta),
+        weight.data_ptr(),
+        cpu.pointer(bias),
+        n_rows,
+        x.shape[-1],
+        stride,
+        delta_stride,
+        cpu.DTYPE[x.dtype],
+        cpu.DTYPE[weight.dtype],
+        eps,
+    )
+    return total, y

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pagoda.ops import cpu
+
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their positions.
@@ -10,7 +12,28 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     q (N, n_head, head_size), k (N, n_kv_head, head_size); cos, sin (N, rotary_dim / 2) float32. Dimension i of the
     first half of rotary_dim pairs with dimension i of the second ("NeoX" layout); what lies behind rotary_dim passes.
     """
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if not (_kernel_takes(q, k) and _angles_fit(cos, sin)):
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k = cpu.heads(q), cpu.heads(k)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    n, n_head, head_size = q.shape
+    cpu.kernels.rotary(
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        n,
+        n_head,
+        k.shape[1],
+        head_size,
+        cos.shape[1],
+        q.stride(0),
+        k.stride(0),
+        cpu.DTYPE[q.dtype],
+    )
+    return q_out, k_out
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -35,6 +58,8 @@ def store_kv(
     slots (N,) int64 says where: page * page_size + offset. int8 pages keep a float32 scale per token and head,
     (n_pages, page_size, n_kv_head): the largest magnitude / 127.
     """
+    if _kernel_takes(k, v) and _pages_fit(k_pages, v_pages, slots, k_scale, v_scale):
+        return _kernel_store(None, None, k, v, None, None, k_pages, v_pages, slots, k_scale, v_scale)
     for x, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
         if scale is not None:
             step = x.float().abs().amax(-1) / 127
@@ -56,6 +81,68 @@ def rotary_store(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """`rotary`, then `store_kv` of the rotated keys; returns the rotated queries."""
+    if (
+        _kernel_takes(q, k)
+        and v.dtype == q.dtype
+        and _angles_fit(cos, sin)
+        and _pages_fit(k_pages, v_pages, slots, k_scale, v_scale)
+    ):
+        q = cpu.heads(q)
+        q_out = q.new_empty(q.shape)
+        _kernel_store(q_out, q, k, v, cos, sin, k_pages, v_pages, slots, k_scale, v_scale)
+        return q_out
     q, k = rotary(q, k, cos, sin)
     store_kv(k, v, k_pages, v_pages, slots, k_scale, v_scale)
     return q
+
+
+# The same by ops/cpu/rotary.cpp.
+
+
+def _kernel_takes(a: Tensor, b: Tensor) -> bool:
+    return cpu.usable(a) and a.dtype in cpu.FLOATS and b.dtype == a.dtype
+
+
+def _angles_fit(cos: Tensor, sin: Tensor) -> bool:
+    return cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+
+
+def _pages_fit(k_pages: Tensor, v_pages: Tensor, slots: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> bool:
+    return (
+        k_pages.dtype in cpu.DTYPE
+        and v_pages.dtype == k_pages.dtype
+        and (k_pages.dtype == torch.int8) == (k_scale is not None and v_scale is not None)
+        and k_pages.is_contiguous()
+        and v_pages.is_contiguous()
+        and slots.dtype == torch.int64
+        and slots.is_contiguous()
+    )
+
+
+def _kernel_store(q_out, q, k, v, cos, sin, k_pages, v_pages, slots, k_scale, v_scale) -> None:
+    """Without q: only the write."""
+    k, v = cpu.heads(k), cpu.heads(v)
+    n, n_kv_head, head_size = k.shape
+    cpu.kernels.rotary_store(
+        cpu.pointer(q_out),
+        cpu.pointer(q),
+        k.data_ptr(),
+        v.data_ptr(),
+        cpu.pointer(cos),
+        cpu.pointer(sin),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        cpu.pointer(k_scale),
+        cpu.pointer(v_scale),
+        slots.data_ptr(),
+        n,
+        0 if q is None else q.shape[1],
+        n_kv_head,
+        head_size,
+        0 if cos is None else cos.shape[1],
+        0 if q is None else q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        cpu.DTYPE[k.dtype],
+        cpu.DTYPE[k_pages.dtype],
+    )

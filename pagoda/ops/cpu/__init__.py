@@ -22,6 +22,7 @@ from pagoda.common import PagodaError
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in simd.h
+FLOATS = {dtype: code for dtype, code in DTYPE.items() if dtype.is_floating_point}
 
 
 def _share_openmp():
@@ -95,3 +96,21 @@ def usable(x: torch.Tensor) -> bool:
         and type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
     )
+
+
+def rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x (..., n) as the kernels read it: the tensor, its number of rows and their stride. A matrix is never copied."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.shape[0], x.stride(0)
+    x = x.contiguous()
+    n = x.shape[-1]
+    return x, x.numel() // max(n, 1), n
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    """x (N, n_head, head_size) with each row's heads side by side, rows apart by whatever stride: a copy if need be."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def pointer(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

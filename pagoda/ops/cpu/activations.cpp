@@ -61,7 +61,7 @@ void gated(ptr out, ptr gate, ptr up, int64_t rows, int64_t n, int64_t gate_stri
     auto go = [&](auto kind) {
       run<decltype(kind)>((T*)out, (const T*)gate, (const T*)up, rows, n, gate_stride, up_stride);
     };
-    switch (act) {  // the order of CODES in ops/activations.py
+    switch (act) {  // the order of ACTIVATIONS in ops/activations.py
       case 0: return go(Silu{});
       case 1: return go(Gelu{});
       case 2: return go(GeluTanh{});
