@@ -284,7 +284,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     pre = meta.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2":
         if pre not in PRE_TOKENIZERS:
-            raise PagodaError(f"{path}: unknown pre-tokenizer '{pre}'; use the model's Hugging Face directory instead")
+            raise PagodaError(f"{path}: unknown pre-tokenizer {pre!r}; use the model's Hugging Face directory instead")
         vocab = dict(zip(tokens, range(len(tokens))))
         try:
             backend = _byte_level(vocab, gguf.require("tokenizer.ggml.merges"), pre)
@@ -302,7 +302,7 @@ def _from_gguf(path: Path) -> Tokenizer:
             prefix="first" if meta.get("tokenizer.ggml.add_space_prefix", True) else "never",
         )
     else:
-        raise PagodaError(f"{path}: unsupported vocabulary '{kind}' (supported: gpt2, llama, t5)")
+        raise PagodaError(f"{path}: unsupported vocabulary {kind!r} (supported: gpt2, llama, t5)")
     _add_tokens(backend, zip(tokens, types))
 
     def token(name: str) -> str | None:

@@ -132,16 +132,16 @@ def _parse(path: Path, mapping: mmap.mmap) -> GGUF:
     tensors = {}
     for name, shape, type_id, offset in entries:
         if name in tensors:
-            raise _Corrupt(f"corrupt GGUF file (two tensors are called '{name}')")
+            raise _Corrupt(f"corrupt GGUF file (two tensors are called {name!r})")
         if type_id not in TYPES:
-            raise _Corrupt(f"tensor '{name}' has the type {_type_name(type_id)}, which is not supported")
+            raise _Corrupt(f"tensor {name!r} has the type {_type_name(type_id)}, which is not supported")
         type_name, block, size = TYPES[type_id]
         if not shape or 0 in shape or shape[-1] % block or offset % alignment:
-            raise _Corrupt(f"corrupt GGUF file (tensor '{name}': {type_name} of shape {shape} at offset {offset})")
+            raise _Corrupt(f"corrupt GGUF file (tensor {name!r}: {type_name} of shape {shape} at offset {offset})")
         nbytes = math.prod(shape) // block * size
         if start + offset + nbytes > len(mapping):
             raise _Corrupt(
-                f"truncated GGUF file, tensor '{name}' ends at byte {start + offset + nbytes} of {len(mapping)}; "
+                f"truncated GGUF file, tensor {name!r} ends at byte {start + offset + nbytes} of {len(mapping)}; "
                 "download it again"
             )
         tensors[name] = GGUFTensor(name, type_name, shape, start + offset, nbytes, mapping)
@@ -217,8 +217,8 @@ class _Header:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dims = self.string(), self.scalar("I")
-        if n_dims > 4:
-            raise _Corrupt(f"corrupt GGUF file (tensor '{name}' has {n_dims} dimensions)")
+        if n_dims > 4 or len(name) > 256:
+            raise _Corrupt(f"corrupt GGUF file (tensor {name[:40]!r} has {n_dims} dimensions)")
         shape = tuple(self.scalar("Q") for _ in range(n_dims))[::-1]  # ggml counts from the fastest dimension
         return name, shape, self.scalar("I"), self.scalar("Q")
 
@@ -346,21 +346,21 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
     meta, tensors = gguf.metadata, gguf.tensors
     arch = gguf.require("general.architecture")
     if arch not in ARCHITECTURES:
-        raise PagodaError(f"{gguf.path}: unsupported GGUF architecture '{arch}'; supported: {', '.join(ARCHITECTURES)}")
+        raise PagodaError(f"{gguf.path}: unsupported GGUF architecture {arch!r}; supported: {', '.join(ARCHITECTURES)}")
     if meta.get(f"{arch}.expert_count"):
-        raise PagodaError(
-            f"{gguf.path}: a mixture of experts in a GGUF file is not supported; use the Hugging Face one"
-        )
+        raise PagodaError(f"{gguf.path}: a mixture of experts in GGUF is not supported; load the original directory")
     model_type, class_name = ARCHITECTURES[arch]
-    config = {"model_type": model_type, "architectures": [class_name], "hidden_act": "silu"}
-    config |= {name: gguf.require(f"{arch}.{key}") for key, name in CONFIG_KEYS.items()}
+    config = {name: gguf.require(f"{arch}.{key}") for key, name in CONFIG_KEYS.items()}
     n_head = config["num_attention_heads"]
     config["num_key_value_heads"] = meta.get(f"{arch}.attention.head_count_kv", n_head)
-    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if not isinstance(config[key], int):
+    for key, value in config.items():
+        if isinstance(value, list):
             raise PagodaError(f"{gguf.path}: '{key}' differs between layers, which is not supported")
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise PagodaError(f"{gguf.path}: corrupt GGUF metadata ('{key}' is {value!r}); download it again")
     if "token_embd.weight" not in tensors:
         raise PagodaError(f"{gguf.path}: no tensor 'token_embd.weight'; convert the model again")
+    config |= {"model_type": model_type, "architectures": [class_name], "hidden_act": "silu"}
     config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["head_dim"] = head_dim = meta.get(f"{arch}.attention.key_length", config["hidden_size"] // n_head)
@@ -408,7 +408,7 @@ def _rope_scaling(gguf: GGUF, arch: str, config: dict) -> dict[str, Any] | None:
     if kind == "yarn":
         original = meta.get(prefix + "original_context_length", config["max_position_embeddings"])
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    raise PagodaError(f"{gguf.path}: unsupported rotary scaling '{kind}'; supported: linear, yarn, llama3")
+    raise PagodaError(f"{gguf.path}: unsupported rotary scaling {kind!r}; supported: linear, yarn, llama3")
 
 
 def _llama3_factors(scaling: dict, config: dict) -> np.ndarray:

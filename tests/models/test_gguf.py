@@ -309,6 +309,16 @@ def test_missing_metadata_is_named(tmp_path):
         hf_config(read_gguf(path))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [(0, "'num_attention_heads' is 0"), ([4, 2], "'num_attention_heads' differs between layers")]
+)
+def test_impossible_sizes_are_named(tmp_path, value, message):
+    gguf = read_gguf(write_model(tmp_path / "m.gguf", tiny("llama"), "llama"))
+    gguf.metadata["llama.attention.head_count"] = value
+    with pytest.raises(PagodaError, match=message):
+        hf_config(gguf)
+
+
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     path = write_model(tmp_path / "m.gguf", tiny("llama"), "llama")
     whole, cut = path.read_bytes(), tmp_path / "cut.gguf"
