@@ -86,7 +86,10 @@ def _looks_like_file(name: str) -> bool:
 
 
 def _unknown(name: str) -> str:
-    hint = did_you_mean(name, DEFAULT_MODELS) or f"; known by name: {', '.join(DEFAULT_MODELS)}."
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = ["/".join(path.name.split("--")[1:]) for path in Path(HF_HUB_CACHE).glob("models--*")]
+    hint = did_you_mean(name, [*DEFAULT_MODELS, *cached]) or f"; known by name: {', '.join(DEFAULT_MODELS)}."
     return f"unknown model '{name}'{hint} Give a name, a path, or a hub id such as org/name"
 
 

@@ -252,6 +252,13 @@ def test_what_cannot_be_found_is_said_so(name, message):
         resolve(name)
 
 
+def test_unknown_names_are_compared_with_the_hubs_cache_too(tmp_path, monkeypatch):
+    (tmp_path / "models--org--great-llama").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PagodaError, match="did you mean 'org/great-llama'"):
+        resolve("great-lama")
+
+
 def test_other_files_and_directories_are_no_models(tmp_path):
     with pytest.raises(PagodaError, match=r"has no config\.json"):
         resolve(tmp_path)
