@@ -22,6 +22,8 @@ class Batch:
     cu_seqlens    (S + 1,) int32: sequence s owns tokens cu_seqlens[s] to cu_seqlens[s + 1] of the stream
     seq_lens      (S,) int32: length of each sequence so far, this step's tokens included
     max_seqlen    the most tokens that a sequence has in this step; max_seq_len the longest sequence so far
+    scaling_lens  (S,) int32: the lengths that rotary scaling by length goes by, seq_lens if None. While a prompt goes
+                  in by chunks, this is its whole length, so that the chunks make no difference
     With a cache:
     cache         one entry per layer
     slots         (N,) int64: where each token's key and value are written: page * page_size + offset
@@ -33,6 +35,7 @@ class Batch:
     seq_lens: Tensor
     max_seqlen: int
     max_seq_len: int
+    scaling_lens: Tensor | None = None
     cache: Cache | None = None
     slots: Tensor | None = None
     block_table: Tensor | None = None
@@ -55,8 +58,9 @@ class Batch:
         )
 
     def token_lens(self) -> Tensor:
-        """(N,) int64: for each token the length of its sequence so far."""
-        return self.seq_lens.long().repeat_interleave(self.cu_seqlens.diff().long(), output_size=len(self.positions))
+        """(N,) int64: for each token the length of its sequence, for rotary scaling."""
+        lens = self.seq_lens if self.scaling_lens is None else self.scaling_lens
+        return lens.long().repeat_interleave(self.cu_seqlens.diff().long(), output_size=len(self.positions))
 
     def last(self) -> Tensor:
         """(S,) int64: where in the stream each sequence's last token of this step stands."""

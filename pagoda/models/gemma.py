@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, activation_name, layer_windows, only, rope_params, size_table
+from pagoda.models.config import Config, layer_windows, only, rope_params, size_table
 from pagoda.models.gpt import GPT
 from pagoda.models.llama import LLAMA_NAMES, llama_config
 
 _DEFAULTS = {
     "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
@@ -40,8 +39,7 @@ _POST_NORM_NAMES = {
 def _gemma_config(hf: dict[str, Any], activation: str, **more: Any) -> Config:
     only(hf, use_bidirectional_attention=False)
     return llama_config(
-        hf,
-        activation=activation_name(activation),
+        {**hf, "hidden_act": activation},
         norm_offset=1.0,
         embd_scale=hf["hidden_size"] ** 0.5,
         qkv_bias=hf["attention_bias"],
@@ -55,7 +53,7 @@ class Gemma(GPT):
 
     model_types = ("gemma",)
     architectures = ("GemmaForCausalLM",)
-    defaults = {**_DEFAULTS, "num_key_value_heads": 16}
+    defaults = {**_DEFAULTS, "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"}
     names = LLAMA_NAMES
 
     @classmethod

@@ -39,6 +39,10 @@ class Rope:
         if absent := [key for key in self.TYPES[self.type] if params.get(key) is None]:
             raise PagodaError(f"rotary scaling '{self.type}' needs {', '.join(absent)}")
         self.by_length = self.type in ("dynamic", "longrope")
+        # A sequence that grows beyond this length has other angles from its start on: compute its keys again.
+        self.recompute_beyond = None
+        if self.type == "longrope":
+            self.recompute_beyond = params.get("original_max_position_embeddings") or block_size
         self._table: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, positions: Tensor, lengths: Tensor | None, max_position: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +78,7 @@ class Rope:
         if self.type == "yarn":
             return _yarn(inv_freq, base, dim, p, self.block_size)
         if self.type == "longrope":  # Ding et al. 2024
-            original = p.get("original_max_position_embeddings") or self.block_size
+            original = self.recompute_beyond
             short, long = (torch.tensor(p[k], device=inv_freq.device) for k in ("short_factor", "long_factor"))
             scale = p.get("factor") or self.block_size / original
             factor = p.get("attention_factor")
