@@ -185,7 +185,7 @@ def run(name: str, args: list[str]) -> None:
     for i, (arg, value) in enumerate(zip(args, [*args[1:], ""])):
         if arg in flags and value not in ("true", "false"):
             args[i] = f"{arg}=true"  # --json alone means --json true
-        elif arg == "--stop" and not value.startswith("["):
+        elif arg == "--stop" and not (value.startswith("[") and value.endswith("]")):
             args[i] = "--stop+"  # --stop A --stop B are two stop texts
     try:
         options = vars(parser.parse_args(args))

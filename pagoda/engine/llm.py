@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from pagoda.common import PagodaError, resolve_device, resolve_dtype
-from pagoda.data.chat_template import render
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.engine.generate import Generator, Timing
 from pagoda.engine.options import Sampling
 from pagoda.models.download import resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import load
+from pagoda.ops.cpu import kernels
 
 Messages = list[dict[str, Any]]
 
@@ -37,21 +37,44 @@ class LLM:
     Sampling options go in as keywords: `llm.generate("Once", temperature=0, max_new_tokens=20)`.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, name: str = ""):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.kv_dtype: torch.dtype | None = None
+    def __init__(self, model: GPT, tokenizer: Tokenizer, name: str = "", kv_dtype: torch.dtype | None = None):
+        self.model, self.tokenizer, self.name, self.kv_dtype = model, tokenizer, name, kv_dtype
         self.timing = Timing()  # of the last call
 
     @classmethod
-    def load(cls, name: str | Path, dtype: str = "auto", device: str = "auto") -> LLM:
+    def load(
+        cls,
+        name: str | Path,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantize: str | None = None,
+        kv_dtype: str = "auto",
+    ) -> LLM:
         """From a directory, a GGUF file, a known name or a Hub id, which is downloaded when it is not there yet.
 
-        dtype is `float32`, `bf16`, `float16`, or `auto` for the checkpoint's own; device is `auto`, `cpu`, `cuda`, ...
+        dtype      `float32`, `bf16`, `float16`, or `auto` for the checkpoint's own. A GGUF file keeps its own bits
+                   with `auto`, and is dequantized to the dtype otherwise
+        device     `auto`, `cpu`, `cuda`, `mps`, ...
+        quantize   the weights to `int8`, `int4` or `nf4` (the activations are then float32 unless dtype says otherwise)
+        kv_dtype   of the cache: `auto` for bf16 (float32 where dtype is float32), `float32`, `bf16`, `int8`
         """
         where = resolve_device(device)
         kind = None if dtype == "auto" else resolve_dtype(dtype)
+        if quantize not in (None, "int8", "int4", "nf4"):
+            raise PagodaError(f"unknown quantization '{quantize}': use int8, int4 or nf4")
         path = resolve(str(name))
-        return cls(load(path, kind, where), load_tokenizer(path), str(name))
+        if where.type == "cpu" and kernels is not None:  # lay all matrices out for the kernels
+            if path.is_file() and kind is None:
+                quantize, kind = quantize or "own", torch.float32
+            layout = {None: "own", torch.float32: "float32", torch.bfloat16: "bf16"}.get(kind)
+            quantize = quantize or layout
+        elif quantize:
+            kind = kind or torch.bfloat16
+        cache = {"auto": torch.float32 if kind == torch.float32 and dtype != "auto" else torch.bfloat16}
+        if kv_dtype not in ("auto", "int8"):
+            cache[kv_dtype] = resolve_dtype(kv_dtype)
+        cache["int8"] = torch.int8
+        return cls(load(path, kind, where, quantize=quantize), load_tokenizer(path), str(name), cache[kv_dtype])
 
     def generate(
         self, prompts: str | list[int] | list[str] | list[list[int]], options: Sampling | None = None, **sampling: Any
@@ -98,9 +121,8 @@ class LLM:
 
     def chat_ids(self, messages: Messages, **options: Any) -> list[int]:
         """A conversation as the token ids that the model's chat template makes of it, ready for the answer."""
-        tok = self.tokenizer
-        text = render(tok.chat_template, messages, True, tok.bos_token, tok.eos_token, **options)
-        return tok.encode(text, add_special_tokens=False)
+        text = self.tokenizer.apply_chat_template(messages, **options)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _run(
         self, prompts: list[list[int]], options: Sampling

@@ -26,6 +26,10 @@ from pagoda.models.layers import (
     MoE,
     PlainMLP,
     RMSNorm,
+    linear_together,
+    n_elements,
+    set_weight,
+    weights_of,
 )
 from pagoda.models.rope import Rope, alibi_slopes
 from pagoda.ops.attention import attention
@@ -115,7 +119,8 @@ class Attention(nn.Module):
         """x (N, n_embd) to q (N, n_head, head_size), k and v (N, n_kv_head, head_size)."""
         c = self.config
         if c.qkv == "separate":
-            return tuple(p(x).unflatten(-1, (-1, c.head_size)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            projected = linear_together(x, self.q_proj, self.k_proj, self.v_proj)
+            return tuple(y.view(len(x), -1, c.head_size) for y in projected)
         if c.qkv == "concatenated":
             heads = self.qkv_proj(x).unflatten(-1, (-1, c.head_size))
             return heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
@@ -282,7 +287,7 @@ class GPT(nn.Module):
     def tie(self) -> None:
         """Let the head share the embedding's weight where the configuration says so (again after loading)."""
         if self.config.tie_embeddings:
-            self.head.weight = self.embed.weight
+            set_weight(self.head, "weight", self.embed.weight)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -298,17 +303,20 @@ class GPT(nn.Module):
 
     def n_params(self, embeddings: bool = True) -> int:
         """Number of parameters, shared ones once; without the embeddings as scaling laws count them."""
-        n = sum(p.numel() for p in self.parameters())
+        weights = {id(w): n_elements(w) for _, w in weights_of(self)}
+        n = sum(weights.values())
         if not embeddings:
-            n -= self.embed.weight.numel() + (self.pos_embed.weight.numel() if hasattr(self, "pos_embed") else 0)
+            n -= n_elements(self.embed.weight) + (
+                n_elements(self.pos_embed.weight) if hasattr(self, "pos_embed") else 0
+            )
         return n
 
     def flops_per_token(self, seq_len: int) -> float:
         """Operations of a token's forward pass at a context of seq_len: 2 per weight used, and attention's."""
         c = self.config
-        used = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear))
+        used = sum(n_elements(m.weight) for m in self.modules() if isinstance(m, Linear))
         for m in self.modules():
             if isinstance(m, MoE):
-                used += (m.gate_up.numel() + m.down.numel()) * m.top_k // len(m.gate_up)
+                used += (n_elements(m.gate_up) + n_elements(m.down)) * m.top_k // len(m.gate_up)
         seen = sum(min(w, seq_len) if w else seq_len for w in c.windows)
         return 2 * used + 4 * c.n_head * c.head_size * seen / 2

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from pagoda.ops.activations import activation, gated
-from pagoda.ops.linear import embedding, linear
+from pagoda.ops.formats import PackedWeight, pack
+from pagoda.ops.linear import embedding, linear, linear_many
 from pagoda.ops.moe import moe, route
 from pagoda.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`: weight (n_out, n_in)."""
+    """`x @ weight.T + bias`: weight (n_out, n_in), a Parameter or a PackedWeight."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__()
@@ -27,8 +30,15 @@ class Linear(nn.Module):
         return f"{self.n_in}, {self.n_out}, bias={self.bias is not None}"
 
 
+def linear_together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """`[layer(x) for layer in layers]`; packed weights of plain Linears go through one call of the kernel."""
+    if all(type(p) is Linear and isinstance(p.weight, PackedWeight) and p.bias is None for p in layers):
+        return linear_many(x, [p.weight for p in layers])
+    return [p(x) for p in layers]
+
+
 class Embedding(nn.Module):
-    """Rows of weight (n_rows, n_embd) by index, times a scale."""
+    """Rows of weight (n_rows, n_embd) by index, times a scale; the weight is a Parameter or a PackedWeight."""
 
     def __init__(self, n_rows: int, n_embd: int, scale: float = 1.0):
         super().__init__()
@@ -82,7 +92,8 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate_size, n_embd, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.act))
+        gate, up = linear_together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gated(gate, up, self.act))
 
 
 class FusedGatedMLP(nn.Module):
@@ -113,7 +124,10 @@ class PlainMLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """A sparse mixture of gated MLPs behind a router; the experts' weights are stacked (n_expert, rows, columns)."""
+    """A sparse mixture of gated MLPs behind a router.
+
+    The experts' weights are stacked, (n_expert, rows, columns); packed ones are a list of PackedWeights.
+    """
 
     def __init__(self, n_embd: int, intermediate_size: int, act: str, n_expert: int, top_k: int, normalize: bool):
         super().__init__()
@@ -125,3 +139,47 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, experts = route(self.router(x), self.top_k, self.normalize)
         return moe(x, self.gate_up, self.down, weights, experts, self.act)
+
+
+def set_weight(module: nn.Module, name: str, weight: Tensor | PackedWeight | nn.ModuleList) -> None:
+    """Give a module another weight under the same name, whatever kind it had before."""
+    if hasattr(module, name):
+        delattr(module, name)
+    setattr(module, name, weight)
+
+
+def pack_stack(weight: Tensor, format: str) -> nn.ModuleList:
+    """Stacked experts (n_expert, rows, columns) as one PackedWeight each."""
+    return nn.ModuleList(pack(expert, format) for expert in weight)
+
+
+def dense(weight: Tensor | PackedWeight | nn.ModuleList, dtype: torch.dtype | None = None) -> Tensor:
+    """A weight as a plain tensor: packed ones are dequantized."""
+    if isinstance(weight, nn.ModuleList):
+        return torch.stack([dense(w, dtype) for w in weight])
+    if isinstance(weight, PackedWeight):
+        return weight.dequantize(dtype or weight.dtype)
+    return weight.detach()
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedWeight | nn.ModuleList]]:
+    """(name, weight) of every parameter, packed weights as one each; a shared one comes under each of its names."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedWeight):
+            continue
+        packed = [(name, child) for name, child in module.named_children() if is_packed(child)]
+        for name, weight in [*module._parameters.items(), *packed]:
+            if weight is not None:
+                yield f"{prefix}.{name}" if prefix else name, weight
+
+
+def is_packed(module: nn.Module) -> bool:
+    """A PackedWeight, or a stack of them."""
+    if isinstance(module, nn.ModuleList):
+        return len(module) > 0 and isinstance(module[0], PackedWeight)
+    return isinstance(module, PackedWeight)
+
+
+def n_elements(weight: Tensor | PackedWeight | nn.ModuleList) -> int:
+    """How many numbers a weight stands for, in whatever form."""
+    return sum(map(n_elements, weight)) if isinstance(weight, nn.ModuleList) else weight.shape.numel()

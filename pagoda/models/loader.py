@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from pagoda.common import PagodaError, replacing
 from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf, release
 from pagoda.models.gpt import GPT
+from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
 from pagoda.models.registry import from_hf_config
+from pagoda.ops.formats import GGUF_BLOCK, PackedWeight, pack, pack_gguf
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 # Buffers that old checkpoints carry and nobody reads.
+QUANTIZE = ("int8", "int4", "nf4", "own", "bf16", "float32")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
@@ -39,6 +42,9 @@ class Checkpoint(Protocol):
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, as a view of the mapped file wherever that is possible; dtype is what it will become."""
+
+    def packed(self, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        """The tensor in its own bits, where the file holds it in a format that `ops.linear` takes."""
 
     def release(self, name: str) -> None:
         """The tensor's pages of the file are not needed any more."""
@@ -104,6 +110,9 @@ class SafetensorsDirectory:
         count = (end - start) // dtype.itemsize
         return torch.frombuffer(self._maps[file], dtype=dtype, count=count, offset=start).view(shape)
 
+    def packed(self, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        return None
+
     def release(self, name: str) -> None:
         file, _, _, start, end = self._entries[name]
         release_pages(self._maps[file], start, end)
@@ -128,6 +137,12 @@ class GGUFFile:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         tensor, rows = self._tensors[name]
         return dequantize(tensor, dtype or self.dtype, rows)
+
+    def packed(self, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        tensor, rows = self._tensors[name]
+        if tensor.type.lower() not in GGUF_BLOCK:
+            return None
+        return pack_gguf(tensor.data, tensor.type, tensor.shape, rows, dtype)
 
     def release(self, name: str) -> None:
         release(self._tensors[name][0])
@@ -191,58 +206,100 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     trainable: bool = False,
+    quantize: str | None = None,
 ) -> GPT:
     """The model in a Hugging Face directory or a GGUF file.
 
     dtype      of all parameters; None keeps the checkpoint's own (bfloat16 for a quantized GGUF file)
     trainable  the parameters are owned and take gradients; otherwise they may be views of the mapped file
+    quantize   pack the matrices (ops/formats.py): `int8`, `int4`, `nf4`; `own` keeps the bits of a GGUF file where
+               they have a kernel; `float32` and `bf16` only lay them out for the kernels. The rest has the dtype
     Raises PagodaError for what is missing, unexpected, truncated or unsupported.
     """
     path = Path(path)
+    if quantize is not None and quantize not in QUANTIZE:
+        raise PagodaError(f"unknown quantization '{quantize}': use one of {', '.join(QUANTIZE)}")
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = from_hf_config(checkpoint.config, str(path))
-    fill(model, checkpoint, path, dtype, torch.device(device), owned=trainable)
+    fill(model, checkpoint, path, dtype or checkpoint.dtype, torch.device(device), trainable, quantize)
     model.tie()
     return model.requires_grad_(trainable).train(trainable)
 
 
 def fill(
-    model: GPT, checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None, device: torch.device, owned: bool
+    model: GPT,
+    checkpoint: Checkpoint,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    owned: bool,
+    quantize: str | None,
 ) -> None:
-    """Replace the meta parameters of a model by those of a checkpoint."""
-    dtype = dtype or checkpoint.dtype
+    """Replace the meta parameters of a model by those of a checkpoint, one after the other."""
     names = checkpoint.names()
     sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
     wanted = {name for parts in sources.values() for name in flatten(parts)}
     check_complete(model, path, wanted, names)
     for param, parts in sources.items():
         module, leaf = model.get_submodule(param.rpartition(".")[0]), param.rpartition(".")[2]
-        old = getattr(module, leaf)
-        if isinstance(parts, str):
-            tensor = checkpoint.read(parts, dtype)
-            tensor = tensor.T if is_transposed(model, param) else tensor
-        else:
-            tensor = read_experts(checkpoint, parts, dtype)
-        if tensor.shape != old.shape:
-            first = next(flatten(parts))
+        shape = getattr(module, leaf).shape
+        format = pack_format(model, param, quantize)
+        weight = checkpoint.packed(parts, dtype) if format == "own" and isinstance(parts, str) else None
+        if weight is None:
+            weight = read_parameter(checkpoint, parts, dtype, is_transposed(model, param))
+        if weight.shape != shape:
+            name = next(flatten(parts))
             raise PagodaError(
-                f"{path}: {first} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(old.shape)}"
+                f"{path}: {name} has shape {tuple(weight.shape)}, the configuration asks for {tuple(shape)}"
             )
-        new = tensor.to(device=device, dtype=dtype).contiguous()
-        if isinstance(parts, str):
-            if owned and checkpoint.views and new.data_ptr() == tensor.data_ptr():
-                new = new.clone()
-            if new.data_ptr() != tensor.data_ptr() or not checkpoint.views:
-                checkpoint.release(parts)
-        del tensor
-        setattr(module, leaf, nn.Parameter(new, requires_grad=False))
+        if isinstance(weight, PackedWeight):
+            weight = weight.to(device)
+        elif format is not None:
+            format = {torch.bfloat16: "bf16"}.get(dtype, "float32") if format == "own" else format
+            weight = (pack(weight, format) if weight.dim() == 2 else pack_stack(weight, format)).to(dtype).to(device)
+        else:
+            source, weight = weight, weight.to(device=device, dtype=dtype).contiguous()
+            is_view = checkpoint.views and weight.data_ptr() == source.data_ptr()
+            if is_view and owned:
+                weight, is_view = weight.clone(), False
+            weight = nn.Parameter(weight, requires_grad=False)
+            if is_view:
+                set_weight(module, leaf, weight)
+                continue
+        set_weight(module, leaf, weight)
+        for name in flatten(parts):
+            checkpoint.release(name)
+
+
+def pack_format(model: GPT, param: str, quantize: str | None) -> str | None:
+    """The format of one weight: the matrices of linear layers and experts, the embedding and the head are packed.
+
+    Four bits cost the embedding and the head too much: they keep eight. A router keeps its own numbers.
+    """
+    name, _, leaf = param.rpartition(".")
+    module = model.get_submodule(name)
+    is_matrix = leaf == "weight" and isinstance(module, Linear) and not name.endswith("router")
+    is_expert = isinstance(module, MoE) and leaf in ("gate_up", "down")
+    if quantize is None or not (is_matrix or is_expert or module is model.embed):
+        return None
+    return "int8" if quantize in ("int4", "nf4") and module in (model.embed, model.head) else quantize
+
+
+def read_parameter(
+    checkpoint: Checkpoint, parts: str | list[list[str]], dtype: torch.dtype, transposed: bool
+) -> Tensor:
+    """One of our parameters out of a checkpoint: a view where that is possible."""
+    if not isinstance(parts, str):
+        return read_experts(checkpoint, parts, dtype)
+    tensor = checkpoint.read(parts, dtype)
+    return tensor.T if transposed else tensor
 
 
 def checkpoint_names(model: GPT) -> dict[str, str | list[list[str]]]:
     """Each of our parameters and what the checkpoint calls it; stacked experts: per expert the parts of its rows."""
     table: dict[str, str | list[list[str]]] = {}
-    for param in model.state_dict(keep_vars=True):
+    for param, _ in weights_of(model):
         module, _, leaf = param.rpartition(".")
         if model.config.tie_embeddings and param == "head.weight":
             continue
@@ -328,26 +385,25 @@ def save(
         raise PagodaError(f"{path} exists already: remove it or choose another place")
     with replacing(path) as temporary:
         temporary.mkdir()
-        write_weights(model, temporary, dtype, max_shard_bytes)
+        write_weights(model, temporary, dtype or model.dtype, max_shard_bytes)
         hf = {**model.config.hf, "vocab_size": model.config.vocab_size}
         hf.pop("torch_dtype", None)
-        hf["dtype"] = str(dtype or model.head.weight.dtype).removeprefix("torch.")
+        hf["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
         hf.setdefault("architectures", [model.architectures[0]])
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
         if beside is not None:
             beside(temporary)
 
 
-def write_weights(model: GPT, path: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+def write_weights(model: GPT, path: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """The safetensors files, and the index when there are several. One shard is in memory at a time."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]  # our parameters in each file
     total = size = 0
-    table = checkpoint_names(model)
+    table, weights = checkpoint_names(model), dict(weights_of(model))
     for param in table:
-        tensor = model.get_parameter(param)
-        n_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        n_bytes = n_elements(weights[param]) * dtype.itemsize
         if shards[-1] and size + n_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -356,7 +412,11 @@ def write_weights(model: GPT, path: Path, dtype: torch.dtype | None, max_shard_b
     weight_map = {}
     for i, params in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {k: v for param in params for k, v in checkpoint_tensors(model, param, table[param], dtype)}
+        tensors = {}
+        for param in params:
+            weight = dense(weights[param], dtype)
+            weight = weight.T if is_transposed(model, param) else weight
+            tensors |= checkpoint_tensors(weight.to("cpu", dtype), table[param])
         save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -364,18 +424,12 @@ def write_weights(model: GPT, path: Path, dtype: torch.dtype | None, max_shard_b
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def checkpoint_tensors(
-    model: GPT, param: str, parts: str | list[list[str]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """One of our parameters as the checkpoint's tensors, by name."""
-    tensor = model.get_parameter(param).detach()
+def checkpoint_tensors(weight: Tensor, parts: str | list[list[str]]) -> dict[str, Tensor]:
+    """One of our parameters as the checkpoint's tensors, by name, each owning its bytes as save_file wants it."""
     if isinstance(parts, str):
-        pieces = [(parts, tensor.T if is_transposed(model, param) else tensor)]
-    else:
-        pieces = [
-            (name, piece) for group, stack in zip(parts, tensor) for name, piece in zip(group, stack.chunk(len(group)))
-        ]
-    for name, piece in pieces:
-        # save_file wants tensors that own their bytes: a piece of a stack is copied, a whole parameter is not
-        piece = piece.to("cpu", dtype or piece.dtype).contiguous()
-        yield name, piece if isinstance(parts, str) else piece.clone()
+        return {parts: weight.contiguous()}
+    return {
+        name: piece.clone()
+        for group, stack in zip(parts, weight)
+        for name, piece in zip(group, stack.chunk(len(group)))
+    }

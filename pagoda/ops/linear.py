@@ -77,6 +77,13 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     return y
 
 
+def linear_transposed(y: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """`y @ weight`: y (..., n_out), weight (n_out, n_in); the way back through `linear`."""
+    if isinstance(weight, Tensor):
+        return y @ weight
+    return sum(y[..., rows] @ part.to(y.dtype) for rows, part in weight.chunks())
+
+
 def _rows(x: Tensor, n_in: int) -> tuple[int, int, Tensor]:
     """The number of rows of x, their stride, and x in a form where both exist."""
     if x.shape[-1] != n_in:
@@ -109,5 +116,4 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x = sum(grad[..., rows] @ part.to(grad.dtype) for rows, part in ctx.weight.chunks())
-        return grad_x, None
+        return linear_transposed(grad, ctx.weight), None

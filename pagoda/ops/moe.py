@@ -1,10 +1,10 @@
 """A mixture of experts: each token goes through the few MLPs that a router picked for it (Shazeer et al. 2017)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.ops.activations import gated
+from pagoda.ops.linear import linear
 
 
 def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -23,12 +23,13 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     """Sum over each token's experts e of weight * (act(gate_e x) * up_e x) down_e.
 
     x (N, n_embd); gate_up (n_expert, 2 * intermediate_size, n_embd), gate rows first; down (n_expert, n_embd,
-    intermediate_size); weights, experts (N, top_k). Tokens are grouped by expert, so that each expert is one product.
+    intermediate_size), or lists of PackedWeights; weights, experts (N, top_k). Tokens are grouped by expert, so that
+    each expert is one product.
     """
     out = torch.zeros_like(x)
     for e in experts.unique().tolist():
         token, choice = (experts == e).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
-        y = F.linear(gated(gate, up, act), down[e])
+        gate, up = linear(x[token], gate_up[e]).chunk(2, dim=-1)
+        y = linear(gated(gate, up, act), down[e])
         out.index_add_(0, token, (y * weights[token, choice, None]).to(x.dtype))
     return out

@@ -1,0 +1,83 @@
+"""`LLM` on the default model, beside transformers on the same (dequantized) weights."""
+
+import pytest
+import torch
+
+from pagoda import LLM, PagodaError
+
+TEXT = "The sun rose over the quiet harbour, and the first boats left for the open sea."
+
+
+@pytest.fixture(scope="session")
+def llm(default_model):
+    return LLM.load(default_model, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def reference(default_model):
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        default_model.parent,
+        gguf_file=default_model.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+
+
+def test_greedy_tokens_equal_transformers(llm, reference):
+    done = llm.generate(TEXT, temperature=0, max_new_tokens=32, ignore_eos=True)
+    ids = torch.tensor([llm.encode(TEXT)])
+    expected = reference.generate(ids, max_new_tokens=32, min_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+    assert done.token_ids == expected.tolist()
+    assert done.finish_reason == "length"
+    assert done.prompt_tokens == ids.shape[1]
+
+
+@torch.inference_mode()
+def test_scores_equal_transformers(llm, reference):
+    ids = torch.tensor(llm.encode(TEXT))
+    expected = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    tokens, scores = zip(*llm.score(TEXT))
+    assert list(tokens) == ids[1:].tolist()
+    torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_the_stream_is_the_completion(llm):
+    options = {"temperature": 0.8, "seed": 3, "max_new_tokens": 30}
+    pieces = list(llm.stream("Hello 你好 🙂", **options))
+    assert len(pieces) > 5
+    assert "".join(pieces) == llm.generate("Hello 你好 🙂", **options).text
+
+
+def test_several_prompts_at_once(llm):
+    prompts = ["One, two, three,", "The capital of France is"]
+    done = llm.generate(prompts, temperature=0, max_new_tokens=8)
+    assert [d.text for d in done] == [llm.generate(p, temperature=0, max_new_tokens=8).text for p in prompts]
+    assert done[1].text.startswith(" Paris")
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(llm):
+    whole = llm.generate("One, two, three,", temperature=0, max_new_tokens=20).text
+    stop = whole[5:9]
+    done = llm.generate("One, two, three,", temperature=0, max_new_tokens=20, stop=stop)
+    assert done.text == whole[: whole.index(stop)]
+    assert done.finish_reason == "stop"
+    unmet = llm.generate("One, two, three,", temperature=0, max_new_tokens=20, stop=whole[-3:] + "never")
+    assert unmet.text == whole  # what looked like the start of a stop text comes out in the end
+
+
+def test_chat_ends_by_itself_and_knows_the_conversation(llm):
+    messages = [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Nice to meet you, Ada."},
+        {"role": "user", "content": "What is my name? Answer with the name only."},
+    ]
+    done = llm.chat(messages, temperature=0, max_new_tokens=60)
+    assert "Ada" in done.text
+    assert done.finish_reason == "stop"
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llm):
+    with pytest.raises(PagodaError, match="context is 8192"):
+        llm.generate([1] * 9000, max_new_tokens=1)

@@ -1,0 +1,110 @@
+"""The `pagoda` command as a user meets it: output where it belongs, one line and exit code 2 for what they can mend."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pagoda.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_no_torch(args):
+    code = (
+        f"import sys; from pagoda.cli import main\ntry: main({args!r})\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: pagoda" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generat"], "did you mean 'generate'"),
+        (["generate", "smollm2-135-instruct", "--prompt", "x"], "smollm2-135m-instruct"),
+        (["generate", "{tmp}", "--prompt", "x"], "config.json"),
+        (["generate", "{default}", "--prompt", "x", "--temperature", "-1"], "temperature must be 0 or more"),
+        (["generate", "{default}", "--prompt", "x", "--temperature", "hot"], "temperature"),
+        (["generate", "{default}", "--prompt", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["generate", "{default}", "--prompt", "x", "--device", "toaster"], "unknown device 'toaster'"),
+        (["generate", "{default}", "--prompt", "x " * 9000], "context is 8192"),
+        (["generate", "{default}", "--no_such_option", "1"], "no_such_option"),
+        (["convert", "{default}", "{tmp}", "--max_shard_size", "huge"], "'huge' is not a size"),
+    ],
+)
+def test_mistakes_cost_one_line(args, words, tmp_path, default_model, capsys):
+    (tmp_path / "keep").touch()
+    code = main([a.format(tmp=tmp_path, default=default_model) for a in args])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("pagoda: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_generate_prints_the_completion_alone(default_model, capsys):
+    args = ["--temperature", "0", "--max_new_tokens", "4", "--dtype", "float32"]
+    assert main(["generate", str(default_model), "--prompt", "The capital of France is", *args]) == 0
+    out, err = capsys.readouterr()
+    assert out == " Paris.\n\nThe\n"
+    assert "tokens/s" in err
+
+
+def test_generate_json_reads_standard_input(default_model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("The capital of France is"))
+    args = ["--temperature", "0", "--max_new_tokens", "40", "--stop", ".", "--dtype", "float32", "--json"]
+    assert main(["generate", str(default_model), *args]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["text"] == " Paris"
+    assert done["finish_reason"] == "stop"
+    assert done["prompt_tokens"] == 5
+
+
+def test_options_come_from_a_file_and_are_shown(default_model, tmp_path, capsys):
+    (tmp_path / "short.yaml").write_text("max_new_tokens: 2\ntemperature: 0.0\n")
+    args = ["generate", str(default_model), "--config", str(tmp_path / "short.yaml"), "--prompt", "Hi"]
+    with pytest.raises(SystemExit):
+        main([*args, "--print_config"])
+    assert "max_new_tokens: 2" in capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 2
+
+
+def test_chat_reads_a_pipe(default_model, tmp_path, capsys, monkeypatch):
+    saved = tmp_path / "talk.json"
+    lines = ["What is the capital of France?", f"/save {saved}", "/reset", "/help", "Say hello."]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert main(["chat", str(default_model), "--temperature", "0", "--max_new_tokens", "30"]) == 0
+    out, err = capsys.readouterr()
+    assert "Paris" in out
+    assert "/reset" in err
+    talk = json.loads(saved.read_text())
+    assert [m["role"] for m in talk] == ["user", "assistant"]
+    assert "Paris" in talk[1]["content"]
+
+
+def test_models_lists_sizes_with_parameters(capsys):
+    assert main(["models", "--json"]) == 0
+    sizes = {(row := json.loads(line))["name"]: row["parameters"] for line in capsys.readouterr().out.splitlines()}
+    assert sizes["SmolLM2-135M"] == 134515008
+    assert sizes["Llama-2-7b-hf"] == 6738415616
+
+
+def test_convert_writes_a_directory_that_transformers_opens(default_model, tmp_path, capsys):
+    target = tmp_path / "hf"
+    args = ["convert", str(default_model), str(target), "--dtype", "bf16", "--max_shard_size", "200MB"]
+    assert main(args) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    assert len(list(target.glob("model-*-of-*.safetensors"))) == 2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tok = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
+    assert str(model.dtype) == "torch.bfloat16"
+    assert tok("Hello 🙂 world").input_ids == tok.encode("Hello 🙂 world")
+    assert main(args) == 2  # never over what is there
+    assert "exists already" in capsys.readouterr().err
