@@ -1,5 +1,5 @@
 """`Config`: what the base class needs to know about a model. Each family reads it from a Hugging Face `config.json`,
-with the helpers below for what several families spell the same way.
+with the helpers below for what several families spell the same way. Dropout rates are not read: nothing here drops out.
 """
 
 from __future__ import annotations

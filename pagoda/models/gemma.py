@@ -112,8 +112,8 @@ class Gemma3(GPT):
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
         if hf["model_type"] == "gemma3":
-            outer = {k: hf[k] for k in ("eos_token_id", "bos_token_id", "tie_word_embeddings", "dtype") if k in hf}
-            hf = {**hf["text_config"], **outer, "model_type": "gemma3_text"}
+            outer = {k: hf[k] for k in ("eos_token_id", "bos_token_id", "dtype", "tie_word_embeddings") if k in hf}
+            hf = {**hf["text_config"], "tie_word_embeddings": True, **outer, "model_type": "gemma3_text"}
         hf = {**cls.text_defaults, **hf}
         only(hf, attn_logit_softcapping=None)
         every = hf.get("sliding_window_pattern") or 6
