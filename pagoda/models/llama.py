@@ -36,7 +36,7 @@ LLAMA_DEFAULTS = {
 
 
 class Llama(GPT):
-    """Llama 1 to 3.x and what follows its layout."""
+    """Llama 1 to 3.x, and the many models of its shape."""
 
     model_types = ("llama",)
     architectures = ("LlamaForCausalLM", "LLaMAForCausalLM")
@@ -125,7 +125,7 @@ _LLAMA32 = {**_LLAMA31, "rope_scaling": {**_LLAMA31["rope_scaling"], "factor": 3
 _MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_key_value_heads": 8}
 _SMOLLM2 = {"tie_word_embeddings": True, "rope_theta": 100000.0, "bos_token_id": 0, "eos_token_id": 0}
 
-_SIZES = {
+Llama.sizes = {
     "llama-7b": _llama(32000, 32, 32, 4096, 11008, 2048, rms_norm_eps=1e-6),
     "llama-13b": _llama(32000, 40, 40, 5120, 13824, 2048, rms_norm_eps=1e-6),
     "llama-30b": _llama(32000, 60, 52, 6656, 17920, 2048, rms_norm_eps=1e-6),
@@ -151,9 +151,8 @@ _SIZES = {
     "SmolLM2-135M": _llama(49152, 30, 9, 576, 1536, 8192, num_key_value_heads=3, **_SMOLLM2),
     "SmolLM2-360M": _llama(49152, 32, 15, 960, 2560, 8192, num_key_value_heads=5, **_SMOLLM2),
     "SmolLM2-1.7B": _llama(49152, 24, 32, 2048, 8192, 8192, **{**_SMOLLM2, "rope_theta": 130000.0}),
+}
+Mistral.sizes = {
     "Mistral-7B-v0.1": _llama(32000, 32, 32, 4096, 14336, 32768, **_MISTRAL, sliding_window=4096),
     "Mistral-7B-v0.3": _llama(32768, 32, 32, 4096, 14336, 32768, **_MISTRAL, rope_theta=1e6, sliding_window=None),
 }
-
-for family in (Llama, Mistral):
-    family.sizes = {name: hf for name, hf in _SIZES.items() if hf["model_type"] in family.model_types}

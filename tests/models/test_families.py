@@ -339,6 +339,11 @@ def test_counting_parameters_without_all_layers_is_exact():
             assert count_parameters(known_models()[name]) == from_hf_config(known_models()[name]).n_params()
 
 
+def test_families_and_known_sizes_are_listed_once():
+    assert len({f.__name__ for f in families()}) == len(families())
+    assert sum(len(f.sizes) for f in families()) == len(known_models())
+
+
 def test_every_known_size_is_readable():
     for name, hf in known_models().items():
         _, config = read_config(hf, name)
