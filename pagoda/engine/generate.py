@@ -91,6 +91,9 @@ class Generator:
             count = -(-size // self.page_size)
             s.pages = list(range(n_pages, n_pages + count))
             n_pages += count
+        rope = model.rope
+        self.scaled_by_length = rope is not None and rope.by_length
+        self.recompute_beyond = rope.recompute_beyond if rope is not None else None
         self.cache = Cache(model.cache_specs(), n_pages, self.page_size, kv_dtype or model.dtype, self.device)
         self.timing = Timing()
 
@@ -129,7 +132,11 @@ class Generator:
         """One more token of every running sequence."""
         start = time.perf_counter()
         step = list(self.running.items())
-        logits = self._step([s for _, s in step], [s.new[-1:] for _, s in step])
+        for _, s in step:
+            if s.cached == self.recompute_beyond:
+                s.cached = 0
+        tokens = [s.new[-1:] if s.cached else s.prompt + s.new for _, s in step]
+        logits = self._step([s for _, s in step], tokens)
         chosen = [(i, self._choose(i, s, row)) for (i, s), row in zip(step, logits)]
         self.timing.decode_tokens += len(chosen)
         self.timing.decode_seconds += time.perf_counter() - start
@@ -157,6 +164,7 @@ class Generator:
             lengths,
             self.device,
             past,
+            scaling_lens=self._lengths(sequences) if self.scaled_by_length else None,
             cache=self.cache,
             slots=torch.tensor(slots, device=self.device),
             block_table=torch.tensor(
@@ -165,3 +173,7 @@ class Generator:
         )
         flat = torch.tensor([t for ts in tokens for t in ts], device=self.device)
         return self.model(flat, batch, logits_at=batch.last())
+
+    def _lengths(self, sequences: list[Sequence]) -> Tensor:
+        """(S,) int32: all tokens of each sequence, those that wait for a later chunk of prefill included."""
+        return torch.tensor([len(s.prompt) + len(s.new) for s in sequences], dtype=torch.int32, device=self.device)

@@ -79,7 +79,8 @@ def test_stopped_sequences_leave_the_batch(model):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"), [([], "empty"), ([1] * 200, "200 tokens and the model's context is 200"), ([97], "vocabulary")]
+    ("prompt", "message"),
+    [([], "empty"), ([1] * 200, "200 tokens and the model's context is 200"), ([97], "vocabulary")],
 )
 def test_impossible_prompts_are_refused(model, prompt, message):
     with pytest.raises(PagodaError, match=message):
@@ -90,3 +91,42 @@ def test_embeddings_and_ids_are_the_same_input(model):
     ids = torch.randint(0, 97, (2, 9))
     with torch.inference_mode():
         torch.testing.assert_close(model(model.embed(ids)), model(ids))
+
+
+def scaled(rope):
+    """A model whose rotary angles depend on the length of the text, trained to 16 tokens."""
+    hf = {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 100,
+        "rope_parameters": {"rope_theta": 100.0, "original_max_position_embeddings": 16, **rope},
+        "initializer_range": 0.3,
+    }
+    model = from_hf_config(hf)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.requires_grad_(False)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [2.0, 3.0, 4.0, 8.0]}
+
+
+def test_longrope_computes_a_sequence_again_when_it_outgrows_the_original_context(monkeypatch):
+    model = scaled(LONGROPE)
+    prompts = [[5, 6, 7], list(range(1, 15)), [11] * 16, list(range(30, 60))]
+    expected = [recompute(model, p, 20) for p in prompts]
+    options = Sampling(temperature=0, max_new_tokens=20)
+    assert run(model, prompts, options) == expected
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 10)
+    assert run(model, prompts, options) == expected
+
+
+def test_dynamic_scaling_does_not_see_the_chunks_of_prefill(monkeypatch):
+    model = scaled({"rope_type": "dynamic", "factor": 2.0})
+    model.rope.block_size = 16
+    whole = run(model, PROMPTS)
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 10)
+    assert run(model, PROMPTS) == whole
