@@ -54,21 +54,32 @@ struct Sequence {  // one sequence of the stream
   int64_t low(int64_t query) const { return p.window ? std::max<int64_t>(0, position(query) - p.window + 1) : 0; }
   int64_t high(int64_t query) const { return p.causal ? position(query) + 1 : n_k; }
 
-  // Where keys from .. to - 1 of one head stand: their offsets in k and v, and in the scales.
-  void locate(int64_t from, int64_t to, int64_t head, int64_t* k_at, int64_t* v_at, int64_t* scale_at) const {
+  // The rows of k and v (counted in tokens) where keys from .. to - 1 stand.
+  void locate(int64_t from, int64_t to, int64_t* rows) const {
     for (int64_t j = from; j < to;) {
       int64_t row = first + j, run = to - j;  // `run` keys stand in consecutive rows
       if (pages) {
         row = pages[j / p.page_size] * p.page_size + j % p.page_size;
         run = std::min(run, p.page_size - j % p.page_size);
       }
-      for (int64_t i = 0; i < run; i++, j++, row++) {
-        k_at[j - from] = row * p.k_stride + head * p.head_size;
-        v_at[j - from] = row * p.v_stride + head * p.head_size;
-        scale_at[j - from] = row * p.n_kv_head + head;
-      }
+      for (int64_t i = 0; i < run; i++) rows[j - from + i] = row + i;
+      j += run;
     }
   }
+};
+
+// One head's keys or values, by token row.
+template <class T> struct Heads {
+  const T* base;
+  int64_t stride, head_size;
+  const float* scale;  // int8: one per token row, n_kv_head apart; otherwise nullptr
+  int64_t scale_stride;
+
+  Heads(ptr base, int64_t stride, const float* scale, const Problem& p, int64_t head)
+      : base((const T*)base + head * p.head_size), stride(stride), head_size(p.head_size),
+        scale(scale ? scale + head : nullptr), scale_stride(p.n_kv_head) {}
+  INLINE const T* row(int64_t at) const { return base + at * stride; }
+  INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
 };
 
 void read_row(float* to, ptr from, int64_t at, int64_t dtype, int64_t n) {
@@ -85,20 +96,28 @@ void write_row(ptr to, int64_t at, int64_t dtype, const float* from, float facto
   });
 }
 
-// Turns a row's products q.k with keys start .. start + n - 1 (n a multiple of W) into exp(score - maximum), 0 for keys
-// the query does not see. Returns the maximum, over `before` too, and the sum of the weights.
-INLINE float weigh(const Sequence& s, float* x, int64_t n, int64_t start, int64_t query, int64_t head, float before,
-                   float* sum) {
+// Turns a row's products q.k with keys start .. start + n - 1 (n a multiple of W) into scores, -infinity for the keys
+// that the query does not see. Returns their maximum, or `before` if that is larger.
+INLINE float score(const Sequence& s, float* x, int64_t n, int64_t start, int64_t query, int64_t head, float before) {
   static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Problem& p = s.p;
-  const vf scale = set1(p.scale), cap = set1(p.softcap), slope = set1(p.alibi ? p.alibi[head] : 0);
+  const vf scale = set1(p.scale);
   vf largest = set1(before);
-  for (int64_t i = 0; i < n; i += W) {
-    vf a = mul(load(x + i), scale);
-    if (p.softcap) a = mul(cap, tanh(div(a, cap)));
-    if (p.alibi) a = fma(slope, add(load(LANE), set1(float(start + i - s.position(query)))), a);
-    store(x + i, a);
-    largest = max(a, largest);
+  if (p.softcap || p.alibi) {
+    const vf cap = set1(p.softcap), slope = set1(p.alibi ? p.alibi[head] : 0);
+    for (int64_t i = 0; i < n; i += W) {
+      vf a = mul(load(x + i), scale);
+      if (p.softcap) a = mul(cap, tanh(div(a, cap)));
+      if (p.alibi) a = fma(slope, add(load(LANE), set1(float(start + i - s.position(query)))), a);
+      store(x + i, a);
+      largest = max(a, largest);
+    }
+  } else {
+    for (int64_t i = 0; i < n; i += W) {
+      vf a = mul(load(x + i), scale);
+      store(x + i, a);
+      largest = max(a, largest);
+    }
   }
   const int64_t low = s.low(query) - start, high = s.high(query) - start;
   if (low > 0 || high < n) {
@@ -107,7 +126,11 @@ INLINE float weigh(const Sequence& s, float* x, int64_t n, int64_t start, int64_
     largest = set1(before);
     for (int64_t i = 0; i < n; i += W) largest = max(load(x + i), largest);
   }
-  const float maximum = reduce_max(largest);
+  return reduce_max(largest);
+}
+
+// Scores become weights exp(score - maximum); returns their sum.
+INLINE float weigh(float* x, int64_t n, float maximum) {
   const vf shift = set1(maximum == -INF ? 0 : maximum);  // nothing seen yet: the weights are exp(-infinity) = 0
   vf total = zero();
   for (int64_t i = 0; i < n; i += W) {
@@ -115,23 +138,21 @@ INLINE float weigh(const Sequence& s, float* x, int64_t n, int64_t start, int64_
     store(x + i, a);
     total = add(total, a);
   }
-  *sum = reduce_add(total);
-  return maximum;
+  return reduce_add(total);
 }
 
 // What weights relative to the maximum `before` shrink by when the maximum grows to `now`.
-INLINE float shrink(float before, float now) {
-  if (before == now) return 1;  // also where both are infinite
-  float factor[W];
-  store(factor, exp(set1(before - now)));
-  return factor[0];
+INLINE vf shrink(vf before, vf now) {
+  const vf lowest = set1(-std::numeric_limits<float>::max());  // -infinity twice (nothing seen yet) is no growth
+  return exp(sub(max(before, lowest), max(now, lowest)));
 }
 
 // ---------------------------------------------------------------------------------------------------------- decode
 
 // x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
 template <class T, int R>
-void decode_scores(const T* k, const int64_t* at, int64_t n, const float* q, int64_t padded, int64_t head_size, float* x) {
+void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
+  const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
     vf acc[4][R];
     for (auto& row : acc)
@@ -147,7 +168,7 @@ void decode_scores(const T* k, const int64_t* at, int64_t n, const float* q, int
       }
     };
     const T* row[4];
-    for (int t = 0; t < 4; t++) row[t] = k + at[std::min(j + t, n - 1)];
+    for (int t = 0; t < 4; t++) row[t] = keys.row(at[std::min(j + t, n - 1)]);
     int64_t d = 0;
     for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return row[t] + d; });
     if (d < head_size) {
@@ -159,17 +180,17 @@ void decode_scores(const T* k, const int64_t* at, int64_t n, const float* q, int
   }
 }
 
-#if defined(__AVX512BF16__)
 // The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
 template <int R>
-void decode_scores_bf16(const bf16* k, const int64_t* at, int64_t n, const bf16* q, int64_t padded, int64_t head_size, float* x) {
+void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
+  const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
     for (int64_t d = 0; d < head_size; d += 2 * W)
       for (int t = 0; t < 4; t++) {
-        const bf16* row = k + at[std::min(j + t, n - 1)] + d;
+        const bf16* row = keys.row(at[std::min(j + t, n - 1)]) + d;
         vi key;
         if (d + 2 * W <= head_size) key = load_bits(row);
         else {
@@ -182,17 +203,17 @@ void decode_scores_bf16(const bf16* k, const int64_t* at, int64_t n, const bf16*
     for (int r = 0; r < R; r++) sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r], x + r * CHUNK + j);
   }
 }
-#endif
 
 // o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements, of which `length` < 2W exist if P == 1.
 template <class T, int R, int P>
-INLINE void decode_values_block(const T* v, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, int64_t length) {
+INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t* at, int64_t n, const float* x, float* o,
+                                int64_t padded, int64_t length) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
   T tail[2 * W] = {};
   for (int64_t j = 0; j < n; j++) {
-    const T* row = v + at[j];
+    const T* row = values.row(at[j]) + d;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
     for (int i = 0; i < P; i++) load_pair(row + 2 * W * i, value[2 * i], value[2 * i + 1]);
@@ -206,12 +227,13 @@ INLINE void decode_values_block(const T* v, const int64_t* at, int64_t n, const 
 }
 
 template <class T, int R>
-void decode_values(const T* v, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, int64_t head_size) {
+void decode_values(const Heads<T>& values, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded) {
   constexpr int P = W == 16 ? 2 : 1;
+  const int64_t size = values.head_size;
   int64_t d = 0;
-  for (; d + 2 * W * P <= head_size; d += 2 * W * P) decode_values_block<T, R, P>(v + d, at, n, x, o + d, padded, 2 * W);
-  for (; d < head_size; d += 2 * W)
-    decode_values_block<T, R, 1>(v + d, at, n, x, o + d, padded, std::min<int64_t>(2 * W, head_size - d));
+  for (; d + 2 * W * P <= size; d += 2 * W * P) decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W);
+  for (; d < size; d += 2 * W)
+    decode_values_block<T, R, 1>(values, d, at, n, x, o + d, padded, std::min<int64_t>(2 * W, size - d));
 }
 
 // Runs f(R) for the compile-time constant R = rows, at most MOST.
@@ -220,61 +242,73 @@ template <int MOST, class F> INLINE void with_count(int64_t rows, F f) {
   else if constexpr (MOST > 1) with_count<MOST - 1>(rows, f);
 }
 
-struct DecodeItem { int64_t sequence, chunk; float* result; };  // result: per row of the sequence, padded + 2 floats
+struct DecodeItem {
+  int64_t sequence, chunk;
+  const float* q;  // the sequence's query heads (n_kv_head, n_q * group, padded), as load_pair or dot_bf16 reads keys
+  float* result;   // per key head and row: padded floats, then for each row of a block its maximum and its sum
+};
+
+// Whether queries and keys meet as pairs of bf16 in one instruction; otherwise in float32.
+template <class T> bool in_pairs(const Problem& p, int64_t products) {
+#if defined(__AVX512BF16__)
+  const bool native = true;
+#else
+  const bool native = false;
+#endif
+  return std::is_same_v<T, bf16> && p.q_dtype == BF16 && (products == 2 || (products == 1 && native));
+}
 
 // One chunk of keys against all rows (queries x group) of one key head.
-template <class T> void decode_chunk(const Problem& p, const DecodeItem& item, int64_t head, int64_t products) {
+template <class T> void decode_chunk(const Problem& p, const DecodeItem& item, int64_t head, bool pairs) {
   const Sequence s(p, item.sequence);
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK;
   const int64_t from = std::max(start, s.low(0)), n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
   const int64_t skipped = from - start, whole = (skipped + n + W - 1) / W * W;
-  int64_t k_at[CHUNK], v_at[CHUNK], scale_at[CHUNK];
-  s.locate(from, from + n, head, k_at, v_at, scale_at);
-  (void)products;
+  const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
+  int64_t at[CHUNK];
+  s.locate(from, from + n, at);
 
-  static thread_local std::vector<float> scratch;
-  scratch.resize(DECODE_ROWS * (2 * padded + CHUNK));
-  float *plain = scratch.data(), *q = plain + DECODE_ROWS * padded, *x = q + DECODE_ROWS * padded;
+  float x[DECODE_ROWS * CHUNK];
   for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
     with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
-      auto q_at = [&](int64_t r) { return (s.first + r / group) * p.q_stride + (head * group + r % group) * p.head_size; };
-      bool done = false;
-#if defined(__AVX512BF16__)
-      if constexpr (std::is_same_v<T, bf16>)
-        if (products && p.q_dtype == BF16) {
-          bf16* pairs = (bf16*)q;
-          for (int r = 0; r < R; r++) {
-            memset(pairs + r * padded, 0, padded * sizeof(bf16));
-            memcpy(pairs + r * padded, (const bf16*)p.q + q_at(r0 + r), p.head_size * sizeof(bf16));
-          }
-          decode_scores_bf16<R>((const bf16*)p.k, k_at, n, pairs, padded, p.head_size, x + skipped);
-          done = true;
-        }
-#endif
-      if (!done) {
-        for (int r = 0; r < R; r++) {
-          float *row = plain + r * padded, *laid = q + r * padded;
-          std::fill(row + p.head_size, row + padded, 0.0f);
-          read_row(row, p.q, q_at(r0 + r), p.q_dtype, p.head_size);
-          for (int64_t d = 0; d < padded; d += 2 * W)
-            for (int i = 0; i < 2 * W; i++) laid[d + place<T>(i)] = row[d + i];
-        }
-        decode_scores<T, R>((const T*)p.k, k_at, n, q, padded, p.head_size, x + skipped);
-      }
+      const float* q = item.q + (head * rows + r0) * padded;
       float* result = item.result + (head * rows + r0) * (padded + 2);
+      if constexpr (std::is_same_v<T, bf16>)
+        if (pairs) decode_scores_bf16<R>(keys, at, n, (const bf16*)q, 2 * padded, x + skipped);
+      if (!pairs) decode_scores<T, R>(keys, at, n, q, padded, x + skipped);
       for (int r = 0; r < R; r++) {
         float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
-        if (p.k_scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.k_scale[scale_at[j]];
+        if (keys.scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= keys.scale_of(at[j]);
         std::fill(row, row + skipped, 0.0f);  // weigh hides these and those behind the last key
         std::fill(row + skipped + n, row + whole, 0.0f);
-        tail[0] = weigh(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF, tail + 1);
-        if (p.v_scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.v_scale[scale_at[j]];
+        const int64_t query = (r0 + r) / group, query_head = head * group + (r0 + r) % group;
+        tail[0] = score(s, row, whole, start, query, query_head, -INF);
+        tail[1] = weigh(row, whole, tail[0]);
+        if (values.scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= values.scale_of(at[j]);
       }
-      decode_values<T, R>((const T*)p.v, v_at, n, x + skipped, result, padded, p.head_size);
+      decode_values<T, R>(values, at, n, x + skipped, result, padded);
     });
   }
+}
+
+// A sequence's queries, laid out as DecodeItem says.
+template <class T> void decode_queries(const Problem& p, const Sequence& s, bool pairs, float* to) {
+  const int64_t group = p.group(), padded = p.padded();
+  float plain[2 * W];
+  for (int64_t head = 0; head < p.n_kv_head; head++)
+    for (int64_t r = 0; r < s.n_q * group; r++, to += padded) {
+      const int64_t at = (s.first + r / group) * p.q_stride + (head * group + r % group) * p.head_size;
+      std::fill(to, to + padded, 0.0f);
+      if (pairs) memcpy(to, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
+      else
+        for (int64_t d = 0; d < p.head_size; d += 2 * W) {
+          const int64_t length = std::min<int64_t>(2 * W, p.head_size - d);
+          read_row(plain, p.q, at + d, p.q_dtype, length);
+          for (int i = 0; i < length; i++) to[d + place<T>(i)] = plain[i];
+        }
+    }
 }
 
 // Combines the chunks of one (sequence, query head): `results` of consecutive chunks are `stride` apart.
@@ -290,10 +324,10 @@ void decode_combine(const Problem& p, const Sequence& s, const float* results, i
     for (int64_t c = 0; c < n_chunks; c++) largest = std::max(largest, tail[c * stride]);
     std::fill(total.begin(), total.end(), 0.0f);
     for (int64_t c = 0; c < n_chunks; c++) {
-      const float factor = shrink(tail[c * stride], largest);
-      sum += factor * tail[c * stride + 1];
+      const vf factor = shrink(set1(tail[c * stride]), set1(largest));
+      sum += reduce_max(factor) * tail[c * stride + 1];
       for (int64_t d = 0; d < padded; d += W)
-        store(&total[d], fma(set1(factor), load(value + c * stride + d), load(&total[d])));
+        store(&total[d], fma(factor, load(value + c * stride + d), load(&total[d])));
     }
     float* plain = &total[padded];
     for (int64_t d = 0; d < padded; d += 2 * W)
@@ -304,35 +338,43 @@ void decode_combine(const Problem& p, const Sequence& s, const float* results, i
 }
 
 template <class T> void decode(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
-  struct Share { int64_t sequence, n_chunks, stride; size_t results; };
+  struct Share {  // one sequence's part of the scratch memory; a chunk's results take `stride`
+    int64_t sequence, n_chunks, stride;
+    size_t q, results;
+  };
+  const bool pairs = in_pairs<T>(p, products);
   std::vector<Share> shares;
-  std::vector<DecodeItem> items;
-  size_t size = 0;
+  size_t size = 0, n_items = 0;
   int64_t longest = 0;
   for (int64_t index : sequences) {
     const Sequence s(p, index);
-    const int64_t begin = s.low(0) / CHUNK, end = (s.high(s.n_q - 1) + CHUNK - 1) / CHUNK;
-    const int64_t stride = s.n_q * p.n_head * (p.padded() + 2);
-    shares.push_back({index, end - begin, stride, size});
-    for (int64_t c = begin; c < end; c++, size += stride) items.push_back({index, c, (float*)size});
+    const int64_t n_chunks = (s.high(s.n_q - 1) + CHUNK - 1) / CHUNK - s.low(0) / CHUNK, rows = s.n_q * p.n_head;
+    const int64_t stride = rows * (p.padded() + 2);
+    shares.push_back({index, n_chunks, stride, size, size + rows * p.padded()});
+    size += rows * p.padded() + n_chunks * stride;
+    n_items += n_chunks;
     longest = std::max(longest, s.n_k);
   }
-  static thread_local std::vector<float> scratch;
-  if (scratch.size() < size) scratch.resize(size);
-  float* results = scratch.data();
+  static thread_local std::vector<float> memory;
+  if (memory.size() < size) memory.resize(size);
+  float* scratch = memory.data();
 
+  std::vector<DecodeItem> items;
+  items.reserve(n_items);
+  for (const Share& share : shares) {
+    const Sequence s(p, share.sequence);
+    decode_queries<T>(p, s, pairs, scratch + share.q);
+    for (int64_t c = 0; c < share.n_chunks; c++)
+      items.push_back({share.sequence, s.low(0) / CHUNK + c, scratch + share.q, scratch + share.results + c * share.stride});
+  }
   const int64_t heads = p.n_kv_head;
   parallel_for(items.size() * heads, longest >= 48 ? 1 : 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      DecodeItem item = items[i / heads];
-      item.result = results + (size_t)item.result;
-      decode_chunk<T>(p, item, i % heads, products);
-    }
+    for (int64_t i = begin; i < end; i++) decode_chunk<T>(p, items[i / heads], i % heads, pairs);
   });
   parallel_for(shares.size() * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const Share& share = shares[i / heads];
-      decode_combine<T>(p, Sequence(p, share.sequence), results + share.results, share.n_chunks, share.stride, i % heads);
+      decode_combine<T>(p, Sequence(p, share.sequence), scratch + share.results, share.n_chunks, share.stride, i % heads);
     }
   });
 }
@@ -378,18 +420,16 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
     });
 }
 
-// The rows of a tile as vectors: row(t, d) gives W cells of key t from cell d on, zeros where there is no such key.
+// The keys or values of a tile as vectors: row(t, d) gives W cells of key t from cell d on, zeros past the ends.
 template <class Cell, class T> struct TileRows {
-  const T* base;
+  const Heads<T>& heads;
   const int64_t* at;
-  const float* scale;  // per key, or nullptr
-  const int64_t* scale_at;
-  int64_t begin, end, head_size;  // keys begin .. end - 1 of the tile exist
+  int64_t begin, end;  // keys begin .. end - 1 of the tile exist
 
   INLINE vi row(int64_t t, int64_t d) const {
-    const int64_t left = head_size - d * Cell::PER_CELL;
+    const int64_t left = heads.head_size - d * Cell::PER_CELL;
     if (t < begin || t >= end || left <= 0) return set1_bits(0);
-    const T* p = base + at[t - begin] + d * Cell::PER_CELL;
+    const T* p = heads.row(at[t - begin]) + d * Cell::PER_CELL;
     if constexpr (Cell::PER_CELL == 2) {
       if (left >= 2 * W) return load_bits(p);
       T tail[2 * W] = {};
@@ -397,7 +437,7 @@ template <class Cell, class T> struct TileRows {
       return load_bits(tail);
     } else {
       vf a = left >= W ? load(p) : load_part(p, int(left));
-      return (vi)(scale ? mul(a, set1(scale[scale_at[t - begin]])) : a);
+      return (vi)(heads.scale ? mul(a, set1(heads.scale_of(at[t - begin]))) : a);
     }
   }
 };
@@ -433,41 +473,44 @@ struct PrefillItem { int64_t sequence, head, first, n; };  // queries first .. f
 template <class Cell, class T> void prefill_tile(const Problem& p, const PrefillItem& item) {
   const Sequence s(p, item.sequence);
   const int64_t group = p.group(), padded = p.padded(), rows = item.n * group, depth = padded / Cell::PER_CELL;
-  const int64_t all_rows = (rows + MR - 1) / MR * MR;  // those behind the last are never read
+  const int64_t all_rows = (rows + MR * W - 1) / (MR * W) * (MR * W);  // those behind the last are never read
   static thread_local std::vector<float> scratch;
-  const size_t size = all_rows * (depth + 2 * TILE + padded + 2) + TILE * 2 * padded;
+  const size_t size = all_rows * (depth + 2 * TILE + padded + 3) + TILE * 2 * padded;
   if (scratch.size() < size) scratch.resize(size);
   float *q = scratch.data(), *k = q + all_rows * depth, *v = k + TILE * depth, *x = v + TILE / Cell::PER_CELL * padded;
   float *pairs = x + all_rows * TILE, *o = pairs + all_rows * TILE / 2, *largest = o + all_rows * padded;
-  float* sums = largest + all_rows;
+  float *sums = largest + all_rows, *shrinks = sums + all_rows;
   std::fill(q, q + all_rows * depth, 0.0f);
   std::fill(pairs, largest, 0.0f);
-  std::fill(largest, largest + rows, -INF);
-  std::fill(sums, sums + rows, 0.0f);
+  std::fill(largest, sums, -INF);
+  std::fill(sums, shrinks + all_rows, 0.0f);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t at = (s.first + item.first + r / group) * p.q_stride + (item.head * group + r % group) * p.head_size;
     if (Cell::PER_CELL == 2) memcpy(q + r * depth, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
     else read_row(q + r * depth, p.q, at, p.q_dtype, p.head_size);
   }
 
+  const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, item.head), values(p.v, p.v_stride, p.v_scale, p, item.head);
   const int64_t low = s.low(item.first), high = s.high(item.first + item.n - 1);
   for (int64_t start = low / TILE * TILE; start < high; start += TILE) {
     const int64_t begin = std::max(low, start), end = std::min(high, start + TILE);
-    int64_t k_at[TILE], v_at[TILE], scale_at[TILE];
-    s.locate(begin, end, item.head, k_at, v_at, scale_at);
-    const TileRows<Cell, T> keys{(const T*)p.k, k_at, p.k_scale, scale_at, begin - start, end - start, p.head_size};
-    const TileRows<Cell, T> values{(const T*)p.v, v_at, p.v_scale, scale_at, begin - start, end - start, p.head_size};
-    pack_keys(keys, padded, k);
-    pack_values(values, padded, v);
+    int64_t at[TILE];
+    s.locate(begin, end, at);
+    pack_keys(TileRows<Cell, T>{keys, at, begin - start, end - start}, padded, k);
+    pack_values(TileRows<Cell, T>{values, at, begin - start, end - start}, padded, v);
 
     product<Cell>(q, depth, k, TILE, all_rows, TILE, depth, x, TILE, false);
     for (int64_t r = 0; r < rows; r++) {
-      float sum, before = largest[r];
-      largest[r] = weigh(s, x + r * TILE, TILE, start, item.first + r / group, item.head * group + r % group, before, &sum);
-      const float factor = shrink(before, largest[r]);
-      sums[r] = sums[r] * factor + sum;
-      if (factor != 1)
-        for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), set1(factor)));
+      shrinks[r] = largest[r];
+      largest[r] = score(s, x + r * TILE, TILE, start, item.first + r / group, item.head * group + r % group, largest[r]);
+    }
+    for (int64_t r = 0; r < all_rows; r += W) store(shrinks + r, shrink(load(shrinks + r), load(largest + r)));
+    for (int64_t r = 0; r < rows; r++) {
+      sums[r] = sums[r] * shrinks[r] + weigh(x + r * TILE, TILE, largest[r]);
+      if (shrinks[r] != 1) {
+        const vf factor = set1(shrinks[r]);
+        for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), factor));
+      }
       if (Cell::PER_CELL == 2)
         for (int64_t j = 0; j < TILE; j += W) store((bf16*)(pairs + r * TILE / 2) + j, load(x + r * TILE + j));
     }
@@ -481,12 +524,7 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
 }
 
 template <class T> void prefill(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
-#if defined(__AVX512BF16__)
-  const bool native = true;
-#else
-  const bool native = false;
-#endif
-  const bool in_pairs = p.q_dtype == BF16 && (products == 2 || (products == 1 && native));
+  const bool pairs = in_pairs<T>(p, products);
   const int64_t step = std::max<int64_t>(1, TILE_ROWS / p.group());
   std::vector<PrefillItem> items;
   for (int64_t index : sequences) {
@@ -496,7 +534,7 @@ template <class T> void prefill(const Problem& p, const std::vector<int64_t>& se
   }
   parallel_dynamic(items.size(), [&](int64_t i) {
     if constexpr (std::is_same_v<T, bf16>)
-      if (in_pairs) return prefill_tile<PairsOfBf16, T>(p, items[i]);
+      if (pairs) return prefill_tile<PairsOfBf16, T>(p, items[i]);
     prefill_tile<Float32, T>(p, items[i]);
   });
 }
