@@ -227,6 +227,20 @@ def test_defaults_are_those_of_transformers(family):
     assert ours == {key: theirs[key] for key in ours}
 
 
+@pytest.mark.parametrize(
+    "name", ["llama", "mixtral", "qwen3", "gpt_neox", "phi", "phi3", "gemma", "gemma3", "falcon-7b"]
+)
+def test_default_rotary_parameters_are_those_of_transformers(name):
+    model_type, options = VARIATIONS[name]
+    theirs = transformers.AutoConfig.for_model(model_type, **options).rope_parameters
+    _, config = read_config({"model_type": model_type, **options})
+    if name == "gemma3":
+        assert config.rope_local["rope_theta"] == theirs["sliding_attention"]["rope_theta"]
+        theirs = theirs["full_attention"]
+    assert config.rope["rope_theta"] == theirs["rope_theta"]
+    assert config.rope["partial_rotary_factor"] == theirs.get("partial_rotary_factor", 1.0)
+
+
 OLD_SPELLINGS = {
     "llama-linear": {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama-llama3": {

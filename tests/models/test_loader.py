@@ -191,22 +191,26 @@ def test_loaded_parameters_are_views_unless_they_train(directory):
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from pagoda.models.loader import load
+
+def status(key):  # bytes, mapped pages counted (ru_maxrss would begin with the parent's)
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+
 dtype = {"none": None, "float32": torch.float32}[sys.argv[2]]
 # The code itself must be in memory before the weights are: load a small model first.
 load(sys.argv[3], dtype=dtype)(torch.arange(4))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = status("VmRSS")
 model = load(sys.argv[1], dtype=dtype)
 total = sum(p.numel() * p.element_size() for p in model.parameters())
 for p in model.parameters():
     p.view(-1)[::256].float().sum()  # every page is touched
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / total, total)
+print((status("VmHWM") - before) / total, total)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts differently elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize(("stored", "wanted"), [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "float32")])
 def test_loading_raises_peak_memory_by_little_more_than_the_weights(name, stored, wanted, directory, tmp_path):
@@ -223,4 +227,4 @@ def test_loading_raises_peak_memory_by_little_more_than_the_weights(name, stored
     )
     ratio, total = map(float, run.stdout.split())
     assert total > 60e6
-    assert ratio < 1.2
+    assert 0.9 < ratio < 1.2
