@@ -17,7 +17,9 @@ from pagoda.engine.options import Sampling
 from pagoda.engine.sampling import Sampler
 from pagoda.models.batch import Batch, Cache
 from pagoda.models.gpt import GPT
+from pagoda.ops import cpu
 from pagoda.ops.attention import preferred_page_size
+from pagoda.ops.cpu.record import Recording
 
 PREFILL_TOKENS = 2048  # most tokens of one prefill step: bounds the memory of its activations
 
@@ -95,6 +97,7 @@ class Generator:
         self.scaled_by_length = rope is not None and rope.by_length
         self.recompute_beyond = rope.recompute_beyond if rope is not None else None
         self.cache = Cache(model.cache_specs(), n_pages, self.page_size, kv_dtype or model.dtype, self.device)
+        self.decoder: Decoder | None = None
         self.timing = Timing()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -135,8 +138,13 @@ class Generator:
         for _, s in step:
             if s.cached == self.recompute_beyond:
                 s.cached = 0
-        tokens = [s.new[-1:] if s.cached else s.prompt + s.new for _, s in step]
-        logits = self._step([s for _, s in step], tokens)
+        sequences = [s for _, s in step]
+        if all(s.cached for s in sequences):
+            if self.decoder is None or self.decoder.sequences != sequences:
+                self.decoder = Decoder(self, sequences)
+            logits = self.decoder.step()
+        else:
+            logits = self._step(sequences, [s.new[-1:] if s.cached else s.prompt + s.new for s in sequences])
         chosen = [(i, self._choose(i, s, row)) for (i, s), row in zip(step, logits)]
         self.timing.decode_tokens += len(chosen)
         self.timing.decode_seconds += time.perf_counter() - start
@@ -153,27 +161,85 @@ class Generator:
         """Write the tokens behind each sequence and return the scores (S, vocab_size) of what follows."""
         lengths = [len(t) for t in tokens]
         past = [s.cached for s in sequences]
-        slots, width = [], max(len(s.pages) for s in sequences)
+        slots = [slot for s, n in zip(sequences, lengths) for slot in self.slots(s, n)]
         for s, n in zip(sequences, lengths):
-            slots += [
-                s.pages[p // self.page_size] * self.page_size + p % self.page_size
-                for p in range(s.cached, s.cached + n)
-            ]
             s.cached += n
-        batch = Batch.of(
+        batch = self.batch(sequences, lengths, past, slots)
+        flat = torch.tensor([t for ts in tokens for t in ts], device=self.device)
+        return self.model(flat, batch, logits_at=batch.last())
+
+    def slots(self, s: Sequence, n: int) -> list[int]:
+        """Where the next n tokens of a sequence go in the cache."""
+        size = self.page_size
+        return [s.pages[p // size] * size + p % size for p in range(s.cached, s.cached + n)]
+
+    def batch(self, sequences: list[Sequence], lengths: list[int], past: list[int], slots: list[int]) -> Batch:
+        width = max(len(s.pages) for s in sequences)
+        table = [s.pages + [0] * (width - len(s.pages)) for s in sequences]
+        return Batch.of(
             lengths,
             self.device,
             past,
             scaling_lens=self._lengths(sequences) if self.scaled_by_length else None,
             cache=self.cache,
             slots=torch.tensor(slots, device=self.device),
-            block_table=torch.tensor(
-                [s.pages + [0] * (width - len(s.pages)) for s in sequences], dtype=torch.int32, device=self.device
-            ),
+            block_table=torch.tensor(table, dtype=torch.int32, device=self.device),
         )
-        flat = torch.tensor([t for ts in tokens for t in ts], device=self.device)
-        return self.model(flat, batch, logits_at=batch.last())
 
     def _lengths(self, sequences: list[Sequence]) -> Tensor:
         """(S,) int32: all tokens of each sequence, those that wait for a later chunk of prefill included."""
         return torch.tensor([len(s.prompt) + len(s.new) for s in sequences], dtype=torch.int32, device=self.device)
+
+
+class Decoder:
+    """Decode steps of the same sequences. Their tensors stay in place, so that the kernel calls can be recorded."""
+
+    def __init__(self, generator: Generator, sequences: list[Sequence]):
+        self.generator, self.model, self.sequences = generator, generator.model, sequences
+        past = [s.cached for s in sequences]
+        slots = [slot for s in sequences for slot in generator.slots(s, 1)]
+        self.batch = generator.batch(sequences, [1] * len(sequences), past, slots)
+        self.tokens = torch.tensor([s.new[-1] for s in sequences], device=generator.device)
+        self.inputs: list[Tensor] = []  # the residual stream's start, then the angles' cosines and sines
+        self.recording: Recording | None = None
+        self.started = False
+
+    def step(self) -> Tensor:
+        """Scores (S, vocab_size) of what follows each sequence's last token."""
+        if self.started:
+            self._advance()
+        self.started = True
+        x = self.model.embed_tokens(self.tokens, self.batch)
+        angles = self.model.angles(self.batch)
+        for s in self.sequences:
+            s.cached += 1
+        if cpu.kernels is None or not x.is_cpu:
+            return self.model.logits(self.model.transform(x, self.batch, *angles))
+        return self.model.cap_logits(self._recorded(x, angles))
+
+    def _advance(self) -> None:
+        """The batch of the next token, in the same tensors."""
+        b, generator = self.batch, self.generator
+        b.positions += 1
+        b.seq_lens += 1
+        b.max_seq_len += 1
+        b.slots.copy_(torch.tensor([slot for s in self.sequences for slot in generator.slots(s, 1)]))
+        self.tokens.copy_(torch.tensor([s.new[-1] for s in self.sequences]))
+        if b.scaling_lens is not None:
+            b.scaling_lens += 1
+
+    def _recorded(self, x: Tensor, angles: tuple) -> Tensor:
+        """The head's scores from the start of the residual stream: by Python the first time, then by its recording."""
+        flat = [x, *(t for pair in angles if pair is not None for t in pair)]
+        if self.recording is None:
+            self.inputs = [t.clone() for t in flat]
+            x, *rest = self.inputs
+            pairs = iter(zip(rest[::2], rest[1::2]))
+            angles = [None if pair is None else next(pairs) for pair in angles]
+            self.recording = Recording(lambda: self.model.head(self.model.transform(x, self.batch, *angles)))
+            return self.recording.output
+        if not self.recording.complete:
+            return self.model.head(self.model.transform(x, self.batch, *angles))
+        for mine, new in zip(self.inputs, flat):
+            mine.copy_(new)
+        return self.recording()

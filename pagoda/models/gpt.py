@@ -34,6 +34,7 @@ from pagoda.models.layers import (
 from pagoda.models.rope import Rope, alibi_slopes
 from pagoda.ops.attention import attention
 from pagoda.ops.loss import linear_cross_entropy
+from pagoda.ops.norm import add
 from pagoda.ops.rotary import rotary, rotary_store, store_kv
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, (N, rotary_dim / 2) each
@@ -149,7 +150,8 @@ class Block(nn.Module):
         """x (N, n_embd) to (N, n_embd); context is what attention needs besides: batch, angles, slopes, cache."""
         if self.config.parallel_residual:
             h = self.norm_1(x)
-            return x + self.attn(h, *context) + self.mlp(h if self.config.shared_norm else self.norm_2(x))
+            branches = add(self.attn(h, *context), self.mlp(h if self.config.shared_norm else self.norm_2(x)))
+            return add(x, branches)
         a = self.attn(self.norm_1(x), *context)
         if self.config.post_norm:
             a = self.post_norm_1(a)
@@ -157,7 +159,7 @@ class Block(nn.Module):
         m = self.mlp(h)
         if self.config.post_norm:
             m = self.post_norm_2(m)
-        return x + m
+        return add(x, m)
 
 
 class GPT(nn.Module):
@@ -235,8 +237,10 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
         """The stream behind the last norm: (N, n_embd)."""
-        x = self.embed_tokens(tokens, batch)
-        angles, local_angles = self.angles(batch)
+        return self.transform(self.embed_tokens(tokens, batch), batch, *self.angles(batch))
+
+    def transform(self, x: Tensor, batch: Batch, angles: Angles | None, local_angles: Angles | None) -> Tensor:
+        """The blocks and the last norm: (N, n_embd) to (N, n_embd)."""
         if self.slopes is not None and self.slopes.device != x.device:
             self.slopes = self.slopes.to(x.device)
         for i, block in enumerate(self.layers):
@@ -267,7 +271,9 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (M, n_embd) to (M, vocab_size), soft-capped where the family does."""
-        logits = self.head(x)
+        return self.cap_logits(self.head(x))
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -26,6 +26,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
+def add(x: Tensor, delta: Tensor) -> Tensor:
+    """The residual step alone: `x + delta`, both (..., n)."""
+    if _kernel_takes(x, delta) and x.is_contiguous() and delta.shape == x.shape and delta.dtype == x.dtype:
+        y = x.new_empty(x.shape)
+        cpu.kernels.add(y.data_ptr(), x.data_ptr(), delta.data_ptr(), x.numel(), cpu.DTYPE[x.dtype])
+        return y
+    return x + delta
+
+
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """The residual step and the norm after it: `(x + delta, rms_norm(x + delta))`."""
     if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:

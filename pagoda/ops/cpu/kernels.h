@@ -12,6 +12,7 @@ void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t ro
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype);
 
 // norm.cpp
+void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype);
 void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
               int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset);
 void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_t rows, int64_t n, int64_t x_stride,
@@ -38,6 +39,7 @@ void attention(ptr out, ptr q, ptr k, ptr v, ptr cu_seqlens, ptr block_table, pt
   X(linear)        \
   X(linear_many)   \
   X(embedding)     \
+  X(add)           \
   X(rms_norm)      \
   X(layer_norm) \
   X(gated) \

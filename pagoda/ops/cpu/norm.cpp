@@ -29,6 +29,15 @@ void over_rows(ptr out, ptr sum, ptr x, ptr delta, int64_t rows, int64_t n, int6
 
 }  // namespace
 
+void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype) {
+  with_float_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for(n, GRAIN, [=](int64_t begin, int64_t end) {
+      residual((T*)out + begin, (const T*)x + begin, (const T*)delta + begin, end - begin);
+    });
+  });
+}
+
 void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
               int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset) {
   with_float_type(dtype, [&](auto type) {
