@@ -302,7 +302,10 @@ def _pack_nf4(weight: Tensor) -> PackedWeight:
     centered = (absmax - mean).flatten()
     blocks = nn.functional.pad(centered, (0, -len(centered) % 256)).view(-1, 256)
     factors = blocks.abs().amax(-1)
-    scales = _nearest(blocks, factors, codes).flatten()[: len(centered)].view(absmax.shape)
+    # bitsandbytes looks this code up by 16 bits of the scaled number, so that is what is rounded (on CUDA it is exact:
+    # there 2 scales in 1,000, which lie halfway between two codes, fall to the other one).
+    grid = ((blocks / factors[:, None].clamp_min(1e-38) + 1) * 0.5 * 65535 + 0.5).int() / 65535 * 2 - 1
+    scales = _nearest(grid, torch.ones_like(factors), codes).flatten()[: len(centered)].view(absmax.shape)
     tensors = {"quants": torch.cat(quants), "scales": _tile_scales(scales, "nf4")}
     return PackedWeight("nf4", weight.shape, 64, weight.dtype, codes=codes, absmax=factors, mean=mean[None], **tensors)
 

@@ -93,30 +93,42 @@ struct Activations {
 
 // A block with a value that is not finite becomes NaN; one whose values are all below 1e-30 becomes 0.
 void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows out) {
-  int R = rows.count(group);
-  int64_t first = rows.first(group);
+  constexpr int N = 32 / W;
+  const int R = rows.count(group);
+  const int64_t first = rows.first(group);
   out = out.at(first * n_blocks);
-  for (int r = 0; r < R; r++) {
-    for (int64_t b = 0; b < n_blocks; b++) {
-      float x[32];
-      int8_t quants[32];
-      rows.read(first + r, b * 32, 32, x);
-      int32_t bits[32], top = 0, sum = 0;
-      memcpy(bits, x, sizeof x);
-      for (int i = 0; i < 32; i++) top = std::max(top, bits[i] & 0x7fffffff);  // as integers, NaN is above all numbers
-      float absmax = float_of(uint32_t(top)), scale = absmax / 127;
-      bool finite = top < 0x7f800000;
-      float inverse = finite && absmax > 1e-30f ? 127 / absmax : 0;
-      if (!finite) scale = NAN, memset(x, 0, sizeof x);
-      for (int i = 0; i < 32; i += W) store(quants + i, mul(load(x + i), set1(inverse)));
-      for (int i = 0; i < 32; i++) sum += quants[i];
-      for (int j = 0; j < 8; j++) memcpy(&out.quads[(b * 8 + j) * R + r], quants + 4 * j, 4);
-      out.scales[b * R + r] = scale;
-      out.sums[b * R + r] = scale * float(sum);
-      out.offset4[b * R + r] = -8 * sum;
-      out.offset8[b * R + r] = -SIGNED_BIAS * sum;
+  with_float_type(rows.dtype, [&](auto type) {
+    for (int r = 0; r < R; r++) {
+      auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
+      for (int64_t b = 0; b < n_blocks; b++) {
+        vf v[N];
+        int inside = int(std::min<int64_t>(32, rows.n_in - b * 32));
+        if (inside == 32) {
+          UNROLL for (int i = 0; i < N; i++) v[i] = load(x + b * 32 + i * W);
+        } else {
+          float padded[32] = {};
+          for (int i = 0; i < inside; i++) padded[i] = to_float(x[b * 32 + i]);
+          for (int i = 0; i < N; i++) v[i] = load(padded + i * W);
+        }
+        vf top = zero(), zeros = zero(), total = zero();
+        UNROLL for (int i = 0; i < N; i++) top = max(absolute(v[i]), top), zeros = fma(v[i], zero(), zeros);
+        bool finite = reduce_add(zeros) == 0;  // infinity and NaN times 0 are NaN
+        float absmax = reduce_max(top), inverse = finite && absmax > 1e-30f ? 127 / absmax : 0;
+        int8_t quants[32] = {};
+        if (finite) UNROLL for (int i = 0; i < N; i++) {
+          vf q = nearest(mul(v[i], set1(inverse)));
+          total = add(total, q);
+          store(quants + i * W, q);
+        }
+        float scale = finite ? absmax / 127 : NAN, sum = reduce_add(total);
+        for (int j = 0; j < 8; j++) memcpy(&out.quads[(b * 8 + j) * R + r], quants + 4 * j, 4);
+        out.scales[b * R + r] = scale;
+        out.sums[b * R + r] = scale * sum;
+        out.offset4[b * R + r] = -8 * int32_t(sum);
+        out.offset8[b * R + r] = -SIGNED_BIAS * int32_t(sum);
+      }
     }
-  }
+  });
 }
 
 // n elements of every row of a group as float32 or, two by two, as bf16.
@@ -150,37 +162,37 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums)
     const f16* scale = (const f16*)w.scales + tile * n_groups * TILE + part * W;
     const f16* minimum = w.minimums + tile * n_groups * TILE + part * W;
     vf acc[R];
-    for (int r = 0; r < R; r++) acc[r] = zero();
+    UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
     int64_t left = w.group;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
       const int32_t* quads = x.quads + b * 8 * R;
       vi dot[R];
-      for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
+      UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
       if (BITS == 8) {
-        for (int j = 0; j < 8; j++) {
+        UNROLL for (int j = 0; j < 8; j++) {
           vi v = signed_operand(load_bits(q + 64 * j));
-          for (int r = 0; r < R; r++) dot[r] = dot4_signed(dot[r], v, set1_bits(quads[j * R + r]));
+          UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
         }
       } else {
-        for (int j = 0; j < 4; j++) {
+        UNROLL for (int j = 0; j < 4; j++) {
           vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
-          for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], low, set1_bits(quads[j * R + r]));
-          for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], high, set1_bits(quads[(4 + j) * R + r]));
+          UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
+          UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
         }
       }
       if (SCALES == PER_ROW) {
-        for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), set1(x.scales[b * R + r]), acc[r]);
+        UNROLL for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), set1(x.scales[b * R + r]), acc[r]);
         continue;
       }
       vf s = load(scale);
-      for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), mul(s, set1(x.scales[b * R + r])), acc[r]);
+      UNROLL for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), mul(s, set1(x.scales[b * R + r])), acc[r]);
       if (SCALES == WITH_MINIMUM) {
         vf m = load(minimum);
-        for (int r = 0; r < R; r++) acc[r] = fma(m, set1(x.sums[b * R + r]), acc[r]);
+        UNROLL for (int r = 0; r < R; r++) acc[r] = fma(m, set1(x.sums[b * R + r]), acc[r]);
       }
       if (--left == 0) scale += TILE, minimum += TILE, left = w.group;
     }
-    for (int r = 0; r < R; r++) {
+    UNROLL for (int r = 0; r < R; r++) {
       if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE + part * W));
       store(sums + r * TILE + part * W, acc[r]);
     }
@@ -285,14 +297,14 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
   for (auto& tile : acc)
     for (vf& a : tile) a = zero();
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R)
-    for (int t = 0; t < T * PARTS; t++) {
+    UNROLL for (int t = 0; t < T * PARTS; t++) {
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
-      for (int i = 0; i < View::COUNT; i++)
-        for (int r = 0; r < R; r++) acc[t][r] = View::multiply(acc[t][r], v[i], x + i * R + r);
+      UNROLL for (int i = 0; i < View::COUNT; i++)
+        UNROLL for (int r = 0; r < R; r++) acc[t][r] = View::multiply(acc[t][r], v[i], x + i * R + r);
     }
-  for (int t = 0; t < T * PARTS; t++)
-    for (int r = 0; r < R; r++) store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, acc[t][r]);
+  UNROLL for (int t = 0; t < T * PARTS; t++)
+    UNROLL for (int r = 0; r < R; r++) store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, acc[t][r]);
 }
 
 template <class View> using FloatTiles = void (*)(const View*, int64_t, const typename View::X*, float*);
@@ -373,18 +385,21 @@ struct Share {
   int64_t begin, end, first, last;
 };
 
-void write(const Product& p, const Rows& rows, int64_t row, int64_t tile, const float* sums) {
-  int64_t n_out = p.weight->n_out, column = tile * TILE, count = std::min<int64_t>(TILE, n_out - column);
+// sums (R, 16): one tile of the rows from `row` on, plus bias and what is to be added, into y.
+void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile, const float* sums) {
+  const int64_t n_out = p.weight->n_out, column = tile * TILE, count = std::min<int64_t>(TILE, n_out - column);
   with_float_type(rows.dtype, [&](auto type) {
     using T = decltype(type);
-    auto y = (T*)p.y + row * n_out + column;
-    auto bias = (const T*)p.bias + column, other = (const T*)p.add + row * n_out + column;
-    for_each_vector(count, [&](int64_t i, auto load, auto store) {
-      vf v = load(sums + i);
-      if (p.bias) v = add(v, load(bias + i));
-      if (p.add) v = add(v, load(other + i));
-      store(y + i, v);
-    });
+    auto bias = (const T*)p.bias + column;
+    for (int r = 0; r < R; r++) {
+      const int64_t at = (row + r) * n_out + column;
+      for_each_vector(count, [&](int64_t i, auto load, auto store) {
+        vf v = load(sums + r * TILE + i);
+        if (p.bias) v = add(v, load(bias + i));
+        if (p.add) v = add(v, load((const T*)p.add + at + i));
+        store((T*)p.y + at + i, v);
+      });
+    }
   });
 }
 
@@ -400,7 +415,7 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
       Int8Rows x = task.x.int8.at(row * n_blocks);
       for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
         multiply(w, tile, x, sums);
-        for (int r = 0; r < R; r++) write(p, task.rows, row + r, tile, sums + r * TILE);
+        write(p, task.rows, row, R, tile, sums);
       }
     }
 }
@@ -424,8 +439,7 @@ void float_share(const Product& p, const Task& task, const Share& share, int64_t
         int width = tile + T <= to ? T : 1;
         auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
         multiply(&views[tile - from], steps, x + row * row_words, sums);
-        for (int t = 0; t < width; t++, tile++)
-          for (int r = 0; r < R; r++) write(p, task.rows, row + r, tile, sums + (t * R + r) * TILE);
+        for (int t = 0; t < width; t++, tile++) write(p, task.rows, row, R, tile, sums + t * R * TILE);
       }
     }
   }

@@ -6,7 +6,8 @@
 constexpr int TILE = 16;         // output rows of a packed tile
 constexpr int PARTS = TILE / W;  // vectors across a tile
 
-INLINE vi set1_quad(const void* p) { uint32_t u; memcpy(&u, p, 4); return set1_bits(u); }
+// A loop over register arrays must disappear, or the arrays live in memory.
+#define UNROLL _Pragma("GCC unroll 16")
 
 #if SIMD_AVX512
 constexpr int MAX_ROWS = 12;      // rows of activations in a register tile: 12 sums in flight hide the latency of 5
@@ -24,11 +25,15 @@ INLINE vf gather(const float* table, vi index) { return _mm512_i32gather_ps(inde
 INLINE vf lookup16(const float* table, vi index) {  // by the low 4 bits of index
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
 }
-// acc + the sum of four products per lane: bytes of w with signed bytes of a. w is 0..15 in dot4_small, and in
-// dot4_signed signed numbers passed through signed_operand.
-INLINE vi dot4_small(vi acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+// acc + the sum of four products per lane: bytes of w with four signed bytes at a, the same for all lanes. w is 0..15 in
+// dot4_small, and in dot4_signed signed numbers passed through signed_operand. Assembly, because GCC spends an
+// instruction on the broadcast that the multiplication does on its own.
+INLINE vi dot4_small(vi acc, vi w, const int32_t* a) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*a));
+  return acc;
+}
 INLINE vi signed_operand(vi w) { return _mm512_xor_si512(w, set1_bits(0x80808080)); }
-INLINE vi dot4_signed(vi acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) { return dot4_small(acc, w, a); }
 
 #elif SIMD_AVX2
 constexpr int MAX_ROWS = 6;
@@ -52,10 +57,12 @@ INLINE vf lookup16(const float* table, vi index) {
 INLINE vi add_pairs(vi acc, vi products) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
-INLINE vi dot4_small(vi acc, vi w, vi a) { return add_pairs(acc, _mm256_maddubs_epi16(w, a)); }
+INLINE vi dot4_small(vi acc, vi w, const int32_t* a) {
+  return add_pairs(acc, _mm256_maddubs_epi16(w, set1_bits(uint32_t(*a))));
+}
 INLINE vi signed_operand(vi w) { return w; }
-INLINE vi dot4_signed(vi acc, vi w, vi a) {
-  return add_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
+INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) {
+  return add_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(set1_bits(uint32_t(*a)), w)));
 }
 
 #else
@@ -74,11 +81,12 @@ INLINE vi load_bytes(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
 INLINE vf gather(const float* table, vi i) { return vf{table[i[0]], table[i[1]], table[i[2]], table[i[3]]}; }
 INLINE vf lookup16(const float* table, vi index) { return gather(table, index & 15); }
 INLINE vi signed_operand(vi w) { return w; }
-INLINE vi dot4_signed(vi acc, vi w, vi a) {
+INLINE vi dot4_signed(vi acc, vi w, const int32_t* quad) {
+  vi a = set1_bits(uint32_t(*quad));
   acc += (vi)(((vs)(w << 24) >> 24) * ((vs)(a << 24) >> 24));
   acc += (vi)(((vs)(w << 16) >> 24) * ((vs)(a << 16) >> 24));
   acc += (vi)(((vs)(w << 8) >> 24) * ((vs)(a << 8) >> 24));
   return acc + (vi)(((vs)w >> 24) * ((vs)a >> 24));
 }
-INLINE vi dot4_small(vi acc, vi w, vi a) { return dot4_signed(acc, w, a); }
+INLINE vi dot4_small(vi acc, vi w, const int32_t* a) { return dot4_signed(acc, w, a); }
 #endif
