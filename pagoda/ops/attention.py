@@ -150,7 +150,8 @@ def _kernel(
 ) -> Tensor:
     """`products`: 0 multiplies in float32 always, 1 in bf16 where the CPU does, 2 in bf16 even if emulated (tests)."""
     n, n_head, head_size = q.shape
-    q, out = cpu.heads(q), q.new_empty(n, n_head, head_size)
+    q = cpu.heads(q)
+    out = torch.empty_like(q)
     if block_table is None:
         k, v, page_size, max_pages = cpu.heads(k), cpu.heads(v), 0, 0
         n_kv_head = k.shape[1]

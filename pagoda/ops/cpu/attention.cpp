@@ -79,6 +79,7 @@ template <class T> struct Heads {
       : base((const T*)base + head * p.head_size), stride(stride), head_size(p.head_size),
         scale(scale ? scale + head : nullptr), scale_stride(p.n_kv_head) {}
   INLINE const T* row(int64_t at) const { return base + at * stride; }
+  INLINE void fetch(int64_t at) const { prefetch(row(at), head_size * sizeof(T)); }
   INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
 };
 
@@ -151,9 +152,10 @@ INLINE vf shrink(vf before, vf now) {
 
 // x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
 template <class T, int R>
-void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
+void decode_scores(const Heads<T>& keys, const Heads<T>& values, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
+    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -182,9 +184,10 @@ void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const flo
 
 // The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
 template <int R>
-void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
+void decode_scores_bf16(const Heads<bf16>& keys, const Heads<bf16>& values, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
+    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -204,15 +207,17 @@ void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, c
   }
 }
 
-// o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements, of which `length` < 2W exist if P == 1.
-template <class T, int R, int P>
+// o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from d on; of the last pair `length` exist.
+// Meanwhile fetch(j) is called for each j.
+template <class T, int R, int P, class F>
 INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t* at, int64_t n, const float* x, float* o,
-                                int64_t padded, int64_t length) {
+                                int64_t padded, int64_t length, F fetch) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
   T tail[2 * W] = {};
   for (int64_t j = 0; j < n; j++) {
+    fetch(j);
     const T* row = values.row(at[j]) + d;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
@@ -227,13 +232,21 @@ INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t
 }
 
 template <class T, int R>
-void decode_values(const Heads<T>& values, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded) {
+void decode_values(const Heads<T>& values, const Heads<T>& coming, const int64_t* coming_at, int64_t n_coming,
+                   const int64_t* at, int64_t n, const float* x, float* o, int64_t padded) {
   constexpr int P = W == 16 ? 2 : 1;
   const int64_t size = values.head_size;
+  auto fetch = [&](int64_t j) {
+    if (j < n_coming) coming.fetch(coming_at[j]);
+  };
+  auto nothing = [](int64_t) {};
   int64_t d = 0;
-  for (; d + 2 * W * P <= size; d += 2 * W * P) decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W);
+  for (; d + 2 * W * P <= size; d += 2 * W * P) {
+    if (d == 0) decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W, fetch);
+    else decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W, nothing);
+  }
   for (; d < size; d += 2 * W)
-    decode_values_block<T, R, 1>(values, d, at, n, x, o + d, padded, std::min<int64_t>(2 * W, size - d));
+    decode_values_block<T, R, 1>(values, d, at, n, x, o + d, padded, std::min<int64_t>(2 * W, size - d), nothing);
 }
 
 // Runs f(R) for the compile-time constant R = rows, at most MOST.
@@ -258,38 +271,52 @@ template <class T> bool in_pairs(const Problem& p, int64_t products) {
   return std::is_same_v<T, bf16> && p.q_dtype == BF16 && (products == 2 || (products == 1 && native));
 }
 
-// One chunk of keys against all rows (queries x group) of one key head.
-template <class T> void decode_chunk(const Problem& p, const DecodeItem& item, int64_t head, bool pairs) {
+// One chunk of keys against all rows (queries x group) of key heads first .. last - 1. What comes next is fetched from
+// memory meanwhile: the values while keys are read, the next head's or next chunk's keys while values are read. The
+// hardware does not see that one head's rows lie n_kv_head x head_size apart.
+template <class T>
+void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* next, int64_t first, int64_t last, bool pairs) {
+  struct Keys {
+    int64_t skipped, n, at[CHUNK];
+    Keys(const Sequence& s, int64_t start) {
+      const int64_t from = std::max(start, s.low(0));
+      skipped = from - start;
+      n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
+      s.locate(from, from + n, at);
+    }
+  };
   const Sequence s(p, item.sequence);
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK;
-  const int64_t from = std::max(start, s.low(0)), n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
-  const int64_t skipped = from - start, whole = (skipped + n + W - 1) / W * W;
-  const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
-  int64_t at[CHUNK];
-  s.locate(from, from + n, at);
+  const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
+  const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at;
 
-  float x[DECODE_ROWS * CHUNK];
-  for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
-    with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
-      const float* q = item.q + (head * rows + r0) * padded;
-      float* result = item.result + (head * rows + r0) * (padded + 2);
-      if constexpr (std::is_same_v<T, bf16>)
-        if (pairs) decode_scores_bf16<R>(keys, at, n, (const bf16*)q, 2 * padded, x + skipped);
-      if (!pairs) decode_scores<T, R>(keys, at, n, q, padded, x + skipped);
-      for (int r = 0; r < R; r++) {
-        float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
-        if (keys.scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= keys.scale_of(at[j]);
-        std::fill(row, row + skipped, 0.0f);  // weigh hides these and those behind the last key
-        std::fill(row + skipped + n, row + whole, 0.0f);
-        const int64_t query = (r0 + r) / group, query_head = head * group + (r0 + r) % group;
-        tail[0] = score(s, row, whole, start, query, query_head, -INF);
-        tail[1] = weigh(row, whole, tail[0]);
-        if (values.scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= values.scale_of(at[j]);
-      }
-      decode_values<T, R>(values, at, n, x + skipped, result, padded);
-    });
+  float x[DECODE_ROWS * CHUNK + 4];  // scores come in fours: the last may reach past its row
+  for (int64_t head = first; head < last; head++) {
+    const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
+    const Heads<T> coming(p.k, p.k_stride, p.k_scale, p, head + 1 < last ? head + 1 : 0);
+    const Keys& where = head + 1 < last ? now : later;
+    for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
+      with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
+        const float* q = item.q + (head * rows + r0) * padded;
+        float* result = item.result + (head * rows + r0) * (padded + 2);
+        if constexpr (std::is_same_v<T, bf16>)
+          if (pairs) decode_scores_bf16<R>(keys, values, at, n, (const bf16*)q, 2 * padded, x + skipped);
+        if (!pairs) decode_scores<T, R>(keys, values, at, n, q, padded, x + skipped);
+        for (int r = 0; r < R; r++) {
+          float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
+          if (keys.scale)
+            for (int64_t j = 0; j < n; j++) row[skipped + j] *= keys.scale_of(at[j]);
+          std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
+          std::fill(row + skipped + n, row + whole, 0.0f);
+          const int64_t query = (r0 + r) / group, query_head = head * group + (r0 + r) % group;
+          tail[0] = score(s, row, whole, start, query, query_head, -INF);
+          tail[1] = weigh(row, whole, tail[0]);
+          if (values.scale)
+            for (int64_t j = 0; j < n; j++) row[skipped + j] *= values.scale_of(at[j]);
+        }
+        decode_values<T, R>(values, coming, where.at, where.n, at, n, x + skipped, result, padded);
+      });
+    }
   }
 }
 
@@ -300,13 +327,14 @@ template <class T> void decode_queries(const Problem& p, const Sequence& s, bool
   for (int64_t head = 0; head < p.n_kv_head; head++)
     for (int64_t r = 0; r < s.n_q * group; r++, to += padded) {
       const int64_t at = (s.first + r / group) * p.q_stride + (head * group + r % group) * p.head_size;
-      std::fill(to, to + padded, 0.0f);
+      if (pairs) std::fill(to, to + padded, 0.0f);
       if (pairs) memcpy(to, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
       else
         for (int64_t d = 0; d < p.head_size; d += 2 * W) {
           const int64_t length = std::min<int64_t>(2 * W, p.head_size - d);
+          std::fill(plain + length, plain + 2 * W, 0.0f);
           read_row(plain, p.q, at + d, p.q_dtype, length);
-          for (int i = 0; i < length; i++) to[d + place<T>(i)] = plain[i];
+          to_pair_order<T>(plain, to + d);
         }
     }
 }
@@ -330,8 +358,7 @@ void decode_combine(const Problem& p, const Sequence& s, const float* results, i
         store(&total[d], fma(factor, load(value + c * stride + d), load(&total[d])));
     }
     float* plain = &total[padded];
-    for (int64_t d = 0; d < padded; d += 2 * W)
-      for (int i = 0; i < 2 * W; i++) plain[d + i] = total[d + place<T>(i)];
+    for (int64_t d = 0; d < padded; d += 2 * W) from_pair_order<T>(&total[d], plain + d);
     const int64_t out_row = (s.first + row / group) * p.n_head + head * group + row % group;
     write_row(p.out, out_row * p.head_size, p.q_dtype, plain, 1 / sum, p.head_size);
   }
@@ -369,7 +396,12 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
   }
   const int64_t heads = p.n_kv_head;
   parallel_for(items.size() * heads, longest >= 48 ? 1 : 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) decode_chunk<T>(p, items[i / heads], i % heads, pairs);
+    for (int64_t i = begin; i < end;) {
+      const int64_t first = i % heads, last = std::min(heads, first + end - i);
+      const DecodeItem* item = &items[i / heads];
+      i += last - first;
+      decode_chunk<T>(p, *item, i < end ? item + 1 : nullptr, first, last, pairs);
+    }
   });
   parallel_for(shares.size() * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {

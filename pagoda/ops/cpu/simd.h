@@ -329,6 +329,24 @@ INLINE void load_pair(const bf16* p, vf& a, vf& b) { vi both = load_bits(p); a =
 template <class T> INLINE int place(int i) { return i; }  // element i of the 2W stands at place(i) of a, b
 template <> INLINE int place<bf16>(int i) { return i / 2 + (i & 1) * W; }
 
+// 2W consecutive floats into that order, and back.
+template <class T> INLINE void to_pair_order(const float* from, float* to) {
+  for (int i = 0; i < 2 * W; i++) to[place<T>(i)] = from[i];
+}
+template <class T> INLINE void from_pair_order(const float* from, float* to) {
+  for (int i = 0; i < 2 * W; i++) to[i] = from[place<T>(i)];
+}
+template <> INLINE void to_pair_order<bf16>(const float* from, float* to) {  // two loops, which the compiler vectorises
+  for (int i = 0; i < W; i++) to[i] = from[2 * i];
+  for (int i = 0; i < W; i++) to[W + i] = from[2 * i + 1];
+}
+template <> INLINE void from_pair_order<bf16>(const float* from, float* to) {
+  for (int i = 0; i < W; i++) {
+    to[2 * i] = from[i];
+    to[2 * i + 1] = from[W + i];
+  }
+}
+
 // acc + a.low * b.low + a.high * b.high per 32-bit lane of two bf16: one instruction with AVX512_BF16.
 INLINE vf dot_bf16(vf acc, vi a, vi b) {
 #if defined(__AVX512BF16__)
@@ -362,6 +380,10 @@ INLINE vf tanh(vf x) {  // 1 - 2 / (e^2|x| + 1), and the odd series near 0 where
   p = fma(s, p, set1(-1.0f / 3));
   vf near = fma(mul(a, s), p, a);
   return copysign(where_less(a, set1(0.25f), near, far), x);
+}
+
+INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
 }
 
 // Runs f(T{}) with the element type of a dtype code.
