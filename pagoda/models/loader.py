@@ -260,7 +260,7 @@ def fill(
             weight = (pack(weight, format) if weight.dim() == 2 else pack_stack(weight, format)).to(dtype).to(device)
         else:
             source, weight = weight, weight.to(device=device, dtype=dtype).contiguous()
-            is_view = checkpoint.views and weight.data_ptr() == source.data_ptr()
+            is_view = checkpoint.views and isinstance(parts, str) and weight.data_ptr() == source.data_ptr()
             if is_view and owned:
                 weight, is_view = weight.clone(), False
             weight = nn.Parameter(weight, requires_grad=False)
@@ -339,15 +339,16 @@ def flatten(parts: str | list[list[str]]) -> Iterator[str]:
             yield from group
 
 
-def read_experts(checkpoint: Checkpoint, parts: list[list[str]], dtype: torch.dtype | None) -> Tensor:
+def read_experts(checkpoint: Checkpoint, parts: list[list[str]], dtype: torch.dtype) -> Tensor:
     """Stack the experts' weights (n_expert, rows, columns), the parts of each one below the other."""
-    out = None
-    for e, group in enumerate(parts):
-        tensor = torch.cat([checkpoint.read(name) for name in group])
-        if out is None:
-            out = torch.empty((len(parts), *tensor.shape), dtype=dtype)
-        out[e] = tensor
-        for name in group:
+    rows, columns = checkpoint.read(parts[0][0]).shape
+    out = torch.empty(len(parts), rows * len(parts[0]), columns, dtype=dtype)
+    for group, expert in zip(parts, out):
+        for name, piece in zip(group, expert.split(rows)):
+            tensor = checkpoint.read(name)
+            if tensor.shape != piece.shape:
+                raise PagodaError(f"{name} has shape {tuple(tensor.shape)}, other experts have {tuple(piece.shape)}")
+            piece.copy_(tensor)
             checkpoint.release(name)
     return out
 

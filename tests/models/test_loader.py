@@ -98,6 +98,14 @@ def test_wrong_shapes_name_the_weight(directory):
     refused(directory, "model.norm.weight has shape (7,), the configuration asks for (32,)")
 
 
+def test_wrong_shapes_of_experts_name_the_weight(tmp_path):
+    tiny.saved("mixtral", tmp_path)
+    for changed in ("0.w1", "2.w3"):
+        name = f"model.layers.1.block_sparse_moe.experts.{changed}.weight"
+        change_weights(tmp_path, lambda t, name=name: t.update({name: torch.ones(7, 32)}))
+        refused(tmp_path, "block_sparse_moe.experts.", "has shape")
+
+
 def test_pickled_weights_are_refused_with_the_way_out(directory):
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
