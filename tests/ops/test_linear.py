@@ -1,0 +1,186 @@
+"""The product with packed weights against float64, for every kernel variant: values, and the promise about bits."""
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from pagoda.ops import cpu
+from pagoda.ops.formats import FORMATS, pack, pack_integers
+from pagoda.ops.linear import embedding, linear, linear_many
+
+INTEGER = ["int8", "int4", "q4_0", "q4_1", "q8_0"]
+SHAPES = [(37, 100), (64, 64), (5, 7), (130, 257), (1, 33)]
+ROWS = [1, 2, 7, 25]
+EPS = 2**-24
+
+
+def rounded(x):
+    """The activations that the integer kernels multiply: blocks of 32 as int8 times absmax / 127, in float64."""
+    blocks = pad(x.float(), (0, -x.shape[1] % 32)).view(len(x), -1, 32)
+    absmax = blocks.abs().amax(-1, keepdim=True)
+    quants = (blocks * torch.where(absmax > 1e-30, 127 / absmax, 0.0)).round()
+    return (quants.double() * (absmax / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
+def assert_product(y, x, packed, plus=0.0, steps=None):
+    """y = x w^T + plus, as closely as float32 sums of `steps` terms (every k, by default) permit.
+
+    A sum of n terms in float32 differs by at most n * 2^-24 * the sum of their sizes; the terms' own roundings (scale
+    times scale, times an integer) count as 8 more.
+    """
+    x, w = x.double(), packed.dequantize().double()
+    sizes = x.abs() @ w.abs().T + (plus.abs() if torch.is_tensor(plus) else 0)
+    if packed.minimums is not None:  # quant * scale and minimum cancel where the weight is small
+        scale = packed._spread(packed.scales).flatten(0, 1)[: w.shape[0], : w.shape[1]].double()
+        sizes = sizes + 2 * x.abs() @ (15 * scale).T
+    error = (y.double() - (x @ w.T + plus)).abs()
+    assert (error <= ((steps or x.shape[1]) + 8) * EPS * sizes + 1e-30).all(), (error / sizes).max() / EPS
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_product_is_that_of_the_dequantized_matrix(kernels, format, shape):
+    packed = pack(torch.randn(shape), format)
+    packed.exact = True
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1])
+        assert_product(linear(x, packed), x, packed)
+
+
+@pytest.mark.parametrize("format", INTEGER)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integer_product_is_that_of_the_rounded_activations(kernels, format, shape):
+    packed = pack(torch.randn(shape), format)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1])
+        assert_product(linear(x, packed), rounded(x), packed, steps=2 * (-(-shape[1] // 32)) + 32)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_int4_groups(kernels, group_size, symmetric):
+    packed = pack(torch.randn(37, 300), "int4", group_size, symmetric)
+    for rows in ROWS:
+        x = torch.randn(rows, 300)
+        assert_product(linear(x, packed), rounded(x), packed, steps=64)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_extreme_quants_do_not_saturate(kernels, format):
+    low, high = (-128, 127) if format == "int8" else (0, 15)
+    for quant in (low, high):
+        quants = torch.full((16, 320), quant, dtype=torch.int8 if low else torch.uint8)
+        packed = pack_integers(quants, torch.ones(16, 1 if low else 10), None, format)
+        for sign in (-1.0, 1.0):
+            x = torch.full((3, 320), sign)
+            torch.testing.assert_close(linear(x, packed), x @ packed.dequantize().T, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(kernels, format, exact, two_threads):
+    packed, other = pack(torch.randn(200, 320), format), pack(torch.randn(72, 320), "q8_0")
+    packed.exact = exact
+    x, bias, residual = torch.randn(61, 320), torch.randn(200), torch.randn(61, 200)
+    y = linear(x, packed, bias, residual)
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 20), slice(20, 61)):
+        assert torch.equal(linear(x[rows], packed, bias, residual[rows]), y[rows])
+        assert torch.equal(linear_many(x[rows], [other, packed])[1], linear(x[rows], packed))
+    torch.set_num_threads(1)
+    assert torch.equal(linear(x, packed, bias, residual), y)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_activations(kernels, format, dtype):
+    packed = pack(torch.randn(37, 100), format)
+    x, bias, residual = torch.randn(9, 100).to(dtype), torch.randn(37).to(dtype), torch.randn(9, 37).to(dtype)
+    y, same = linear(x, packed, bias, residual), linear(x.float(), packed, bias.float(), residual.float())
+    assert y.dtype == dtype
+    assert torch.equal(y, same.to(dtype))
+
+
+def test_strides_and_leading_dimensions(kernels):
+    packed, wide = pack(torch.randn(37, 100), "q4_1"), torch.randn(6, 230)
+    y = linear(wide[:, 50:150].contiguous(), packed)
+    assert torch.equal(linear(wide[:, 50:150], packed), y)
+    assert torch.equal(linear(wide[:, 50:150].t().contiguous().t(), packed), y)
+    assert torch.equal(linear(wide[:, 50:150].reshape(2, 3, 100), packed), y.view(2, 3, 37))
+    assert torch.equal(linear(wide[0, 50:150], packed), y[0])
+    assert linear(wide[:0, 50:150], packed).shape == (0, 37)
+    with pytest.raises(ValueError, match="columns"):
+        linear(wide, packed)
+
+
+def test_mixed_formats_in_one_call(kernels):
+    weights = [pack(torch.randn(n, 96), format) for n, format in zip((40, 3, 16, 17, 33, 5, 64, 2), FORMATS)]
+    for rows in (1, 30):
+        x = torch.randn(rows, 96)
+        for y, weight in zip(linear_many(x, weights), weights):
+            assert torch.equal(y, linear(x, weight))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_not_a_number_and_infinity_stay_in_their_row(kernels, format):
+    packed = pack(torch.randn(20, 70), format)
+    clean = torch.randn(5, 70)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = clean.clone()
+        x[1, 3] = bad
+        y = linear(x, packed)
+        assert not y[1].isfinite().any()
+        assert torch.equal(y[[0, 2, 3, 4]], linear(clean, packed)[[0, 2, 3, 4]])
+    assert torch.equal(linear(torch.zeros(2, 70), packed), torch.zeros(2, 20))
+    assert linear(torch.full((1, 70), 1e-38), packed).abs().max() < 1e-35
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_is_the_dequantized_row(kernels, format, dtype):
+    packed = pack(torch.randn(37, 100).to(dtype), format)
+    ids = torch.tensor([36, 0, 17, 17, 5, 31, 32, 2, 3, 4] * 3)
+    assert torch.equal(embedding(ids, packed), packed.dequantize(dtype)[ids])
+    assert embedding(ids[:0], packed).shape == (0, 100)
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([37]), packed)
+
+
+def test_variants_agree_on_the_integers():
+    """Integer products are exact, and AVX2 and AVX-512 scale them by the same operations."""
+    variants = [v for v in cpu.available() if v != "portable"]
+    packed, x = pack(torch.randn(48, 96), "q4_1"), torch.randn(5, 96)
+    results = []
+    for variant in variants:
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "kernels", cpu.load(variant))
+            results.append(linear(x, packed))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_reference_without_kernels(monkeypatch, format):
+    monkeypatch.setattr(cpu, "kernels", None)
+    packed, x, bias = pack(torch.randn(37, 100), format), torch.randn(3, 100), torch.randn(37)
+    with torch.no_grad():
+        assert_product(linear(x, packed, bias), x, packed, bias)
+        assert torch.equal(linear_many(x, [packed])[0], linear(x, packed))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradient_of_the_activations(format):
+    packed, residual = pack(torch.randn(37, 100), format), torch.randn(4, 37)
+    packed.exact = True
+    x, bias = torch.randn(4, 100, requires_grad=True), torch.randn(37, requires_grad=True)
+    y = linear(x, packed, bias, residual)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad, grad @ packed.dequantize(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+    with torch.no_grad():
+        assert torch.equal(linear(x.detach(), packed), linear(x, packed))
+
+
+def test_a_tensor_multiplies_as_in_pytorch():
+    x, weight, bias, residual = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5), torch.randn(3, 5)
+    torch.testing.assert_close(linear(x, weight, bias, residual), x @ weight.T + bias + residual)
+    assert torch.equal(embedding(torch.tensor([4, 0]), weight), weight[[4, 0]])
