@@ -1,0 +1,19 @@
+#!/bin/bash
+# Builds the CPU kernels with AddressSanitizer in a temporary copy of the package and runs their tests on it.
+# `make asan`; takes some minutes, most of them the compiler's. Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=$(realpath -s "${PYTHON:-python3}")
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+
+cp -r pagoda tests setup.py pyproject.toml "$copy"
+[ -f README.md ] && cp README.md LICENSE "$copy"
+cd "$copy"
+rm -f pagoda/ops/cpu/*.so
+PAGODA_CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -O1 -g1" PAGODA_LDFLAGS="-fsanitize=address" \
+  "$PYTHON" setup.py --quiet build_ext --inplace
+
+# Python itself is not instrumented: the sanitizer comes in first, and Python's own leaks are not ours to report.
+LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy" \
+  "$PYTHON" -m pytest -q -p no:cacheprovider "${@:-tests/ops}"
