@@ -15,15 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pagoda.common import PagodaError, did_you_mean
-from pagoda.engine.options import Sampling
+from pagoda.engine.options import Sampling, Weights
 
 
 def generate(
     model: str,
     sampling: Sampling,
+    weights: Weights,
     prompt: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
     json: bool = False,
 ) -> None:
     """Complete a text (no chat template is applied; `pagoda chat` does).
@@ -31,9 +30,8 @@ def generate(
     Args:
         model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
         sampling: how tokens are chosen.
+        weights: how the model is loaded.
         prompt: the text to go on from; standard input without it.
-        dtype: float32, bf16, float16, or auto for the checkpoint's own.
-        device: cpu, cuda, mps, or auto for the first accelerator that is there.
         json: print one JSON object with the text, the token ids and the figures.
     """
     if prompt is None:
@@ -42,7 +40,7 @@ def generate(
         prompt = sys.stdin.read()
     from pagoda.engine.llm import LLM
 
-    llm = LLM.load(model, dtype, device)
+    llm = LLM.load(model, **vars(weights))
     if json:
         done = llm.generate(prompt, sampling)
         figures = dataclasses.asdict(done) | dataclasses.asdict(llm.timing)
@@ -57,23 +55,21 @@ def generate(
 def chat(
     model: str,
     sampling: Sampling,
+    weights: Weights,
     system: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
 ) -> None:
     """Talk to a model. A pipe on standard input is read as one message per line.
 
     Args:
         model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
         sampling: how tokens are chosen.
+        weights: how the model is loaded.
         system: the instruction that opens the conversation (the template's own without it).
-        dtype: float32, bf16, float16, or auto for the checkpoint's own.
-        device: cpu, cuda, mps, or auto for the first accelerator that is there.
     """
     from pagoda.engine.chat import converse
     from pagoda.engine.llm import LLM
 
-    converse(LLM.load(model, dtype, device), sampling, system)
+    converse(LLM.load(model, **vars(weights)), sampling, system)
 
 
 def models(json: bool = False) -> None:
@@ -129,6 +125,75 @@ def convert(src: str, dst: Path, dtype: str = "auto", max_shard_size: str = "5GB
     print(dst)
 
 
+def bench(
+    model: str,
+    weights: Weights,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+    repeats: int = 3,
+    json: bool = False,
+) -> None:
+    """Measure prefill and decode speed, and their share of the machine's measured ceilings.
+
+    Args:
+        model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
+        weights: how the model is loaded.
+        prompt_tokens: length of each prompt.
+        new_tokens: tokens generated behind it.
+        batch: sequences at once.
+        repeats: runs, of which the median counts.
+        json: print one JSON object.
+    """
+    from pagoda.engine.llm import LLM
+    from pagoda.evaluate.bench import bench as measure
+
+    speed = measure(LLM.load(model, **vars(weights)), prompt_tokens, new_tokens, batch, repeats)
+    if json:
+        print(json_module.dumps(dataclasses.asdict(speed)))
+        return
+    print(f"prefill      {speed.prefill_tok_s:8.1f} tokens/s   {speed.prefill_share_of_gemm:6.1%} of ", end="")
+    print(f"{speed.gemm_gflop_s:.0f} GFLOP/s")
+    print(f"decode       {speed.decode_tok_s:8.1f} tokens/s   {speed.decode_share_of_bandwidth:6.1%} of ", end="")
+    print(f"{speed.read_gb_s:.1f} GB/s ({speed.decode_bytes_per_step / 1e6:.1f} MB a step)")
+    print(f"first token  {speed.first_token_s * 1000:8.1f} ms")
+    print(f"peak memory  {speed.peak_memory_gib:8.2f} GiB")
+
+
+def evaluate_perplexity(
+    model: str,
+    weights: Weights,
+    text: Path | None = None,
+    window: int = 1024,
+    max_windows: int | None = None,
+    json: bool = False,
+) -> None:
+    """Perplexity of a text file, in windows without overlap whose first token is not scored.
+
+    Args:
+        model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
+        weights: how the model is loaded.
+        text: a UTF-8 text file.
+        window: tokens of a window.
+        max_windows: score the first windows only.
+        json: print one JSON object.
+    """
+    if text is None:
+        raise PagodaError("no text: give --text FILE")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise PagodaError(f"cannot read {text}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    from pagoda.engine.llm import LLM
+    from pagoda.evaluate.perplexity import perplexity
+
+    result = perplexity(LLM.load(model, **vars(weights)), content, window, max_windows)
+    if json:
+        print(json_module.dumps(dataclasses.asdict(result)))
+    else:
+        print(f"perplexity {result.perplexity:.4f} ({result.tokens} tokens in {result.windows} windows)")
+
+
 def env() -> None:
     """Say what this installation runs on: versions, devices, the kernels in use."""
     import platform
@@ -146,7 +211,17 @@ def env() -> None:
     print(f"cache    {cache_dir()}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {f.__name__: f for f in (generate, chat, models, download, convert, env)}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "chat": chat,
+    "models": models,
+    "download": download,
+    "convert": convert,
+    "bench": bench,
+    "evaluate perplexity": evaluate_perplexity,
+    "env": env,
+}
+GROUPS = {"sampling": Sampling, "weights": Weights}  # parameters whose fields are options of their own
 
 
 def note(text: str) -> None:
@@ -177,10 +252,11 @@ def run(name: str, args: list[str]) -> None:
     parser = ArgumentParser(prog=f"pagoda {name}", description=inspect.getdoc(function).split("\nArgs:")[0].strip())
     parser.exit_on_error = False
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_function_arguments(function, as_positional=True, skip={"sampling"}, as_group=False)
+    parser.add_function_arguments(function, as_positional=True, skip=set(GROUPS), as_group=False)
     parameters = inspect.signature(function).parameters
-    if "sampling" in parameters:
-        parser.add_class_arguments(Sampling, as_group=False)
+    groups = {name: options for name, options in GROUPS.items() if name in parameters}
+    for options in groups.values():
+        parser.add_class_arguments(options, as_group=False)
     flags = {f"--{name}" for name, p in parameters.items() if p.annotation == "bool"} | {"--ignore_eos"}
     for i, (arg, value) in enumerate(zip(args, [*args[1:], ""])):
         if arg in flags and value not in ("true", "false"):
@@ -192,9 +268,8 @@ def run(name: str, args: list[str]) -> None:
     except ArgumentError as e:
         raise PagodaError(" ".join(str(e).split()) + f" (`pagoda {name} --help` lists the options)") from None
     options.pop("config", None)
-    if "sampling" in parameters:
-        sampling = {f.name: options.pop(f.name) for f in dataclasses.fields(Sampling)}
-        options["sampling"] = Sampling(**sampling)
+    for name, group in groups.items():
+        options[name] = group(**{f.name: options.pop(f.name) for f in dataclasses.fields(group)})
     function(**options)
 
 
@@ -210,10 +285,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pagoda {__version__}")
         return 0
     try:
-        if argv[0] not in COMMANDS:
+        name = next((name for name in COMMANDS if name.split() == argv[: len(name.split())]), None)
+        if name is None:
             close = did_you_mean(argv[0], COMMANDS)
             raise PagodaError(f"unknown command '{argv[0]}'{close} (`pagoda --help` lists all)")
-        run(argv[0], argv[1:])
+        run(name, argv[len(name.split()) :])
         sys.stdout.flush()
     except PagodaError as e:
         note(f"pagoda: {e}")

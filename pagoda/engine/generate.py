@@ -144,6 +144,7 @@ class Generator:
                 self.decoder = Decoder(self, sequences)
             logits = self.decoder.step()
         else:
+            self.decoder = None  # its positions would be those before this step
             logits = self._step(sequences, [s.new[-1:] if s.cached else s.prompt + s.new for s in sequences])
         chosen = [(i, self._choose(i, s, row)) for (i, s), row in zip(step, logits)]
         self.timing.decode_tokens += len(chosen)

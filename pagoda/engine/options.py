@@ -56,3 +56,20 @@ class Sampling:
                 raise PagodaError(f"{name} must be {what}, not {value}")
         if any(not s for s in self.stop):
             raise PagodaError("stop must not hold an empty text")
+
+
+@dataclass
+class Weights:
+    """How a model is loaded.
+
+    Args:
+        dtype: float32, bf16, float16, or auto for the checkpoint's own (a GGUF file keeps its own bits).
+        device: cpu, cuda, mps, or auto for the first accelerator that is there.
+        quantize: pack the weights to int8, int4 or nf4.
+        kv_dtype: of the key/value cache: float32, bf16, int8, or auto for bf16 (float32 if dtype is float32).
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    quantize: str | None = None
+    kv_dtype: str = "auto"

@@ -100,9 +100,9 @@ class OPT(GPT):
         x = tokens if tokens.is_floating_point() else self.embed(tokens)
         return super().embed_tokens(x if self.project_in is None else self.project_in(x), batch)
 
-    def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """The stream that the head reads: (N, word_embed_proj_dim)."""
-        x = super().hidden(tokens, batch)
+    def transform(self, x: Tensor, *context: Any) -> Tensor:
+        """The blocks, and what the head reads: (N, n_embd) to (N, word_embed_proj_dim)."""
+        x = super().transform(x, *context)
         return x if self.project_out is None else self.project_out(x)
 
 

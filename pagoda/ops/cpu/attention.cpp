@@ -79,7 +79,6 @@ template <class T> struct Heads {
       : base((const T*)base + head * p.head_size), stride(stride), head_size(p.head_size),
         scale(scale ? scale + head : nullptr), scale_stride(p.n_kv_head) {}
   INLINE const T* row(int64_t at) const { return base + at * stride; }
-  INLINE void fetch(int64_t at) const { prefetch(row(at), head_size * sizeof(T)); }
   INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
 };
 
@@ -152,10 +151,9 @@ INLINE vf shrink(vf before, vf now) {
 
 // x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
 template <class T, int R>
-void decode_scores(const Heads<T>& keys, const Heads<T>& values, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
+void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
-    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -184,10 +182,9 @@ void decode_scores(const Heads<T>& keys, const Heads<T>& values, const int64_t* 
 
 // The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
 template <int R>
-void decode_scores_bf16(const Heads<bf16>& keys, const Heads<bf16>& values, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
+void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
-    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -231,14 +228,10 @@ INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t
     for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
 }
 
-template <class T, int R>
-void decode_values(const Heads<T>& values, const Heads<T>& coming, const int64_t* coming_at, int64_t n_coming,
-                   const int64_t* at, int64_t n, const float* x, float* o, int64_t padded) {
+template <class T, int R, class F>
+void decode_values(const Heads<T>& values, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, F fetch) {
   constexpr int P = W == 16 ? 2 : 1;
   const int64_t size = values.head_size;
-  auto fetch = [&](int64_t j) {
-    if (j < n_coming) coming.fetch(coming_at[j]);
-  };
   auto nothing = [](int64_t) {};
   int64_t d = 0;
   for (; d + 2 * W * P <= size; d += 2 * W * P) {
@@ -271,9 +264,9 @@ template <class T> bool in_pairs(const Problem& p, int64_t products) {
   return std::is_same_v<T, bf16> && p.q_dtype == BF16 && (products == 2 || (products == 1 && native));
 }
 
-// One chunk of keys against all rows (queries x group) of key heads first .. last - 1. What comes next is fetched from
-// memory meanwhile: the values while keys are read, the next head's or next chunk's keys while values are read. The
-// hardware does not see that one head's rows lie n_kv_head x head_size apart.
+// One chunk of keys against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16 at a time for
+// all heads, so that they stream from memory in order. What comes next is fetched meanwhile, evenly: the chunk's values
+// while keys are read, the next chunk's keys while values are read.
 template <class T>
 void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* next, int64_t first, int64_t last, bool pairs) {
   struct Keys {
@@ -286,37 +279,54 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
     }
   };
   const Sequence s(p, item.sequence);
-  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK;
+  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK, n_heads = last - first;
   const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
   const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at;
+  const Heads<T> all_keys(p.k, p.k_stride, nullptr, p, 0), all_values(p.v, p.v_stride, nullptr, p, first);
 
-  float x[DECODE_ROWS * CHUNK + 4];  // scores come in fours: the last may reach past its row
-  for (int64_t head = first; head < last; head++) {
-    const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
-    const Heads<T> coming(p.k, p.k_stride, p.k_scale, p, head + 1 < last ? head + 1 : 0);
-    const Keys& where = head + 1 < last ? now : later;
-    for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
+  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in fours, the last may reach past
+  memory.resize(n_heads * rows * CHUNK + 4);
+  float* scores = memory.data();
+  auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
+    for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
       with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
-        const float* q = item.q + (head * rows + r0) * padded;
-        float* result = item.result + (head * rows + r0) * (padded + 2);
+        const int64_t at = head * rows + r0;
+        f(R, r0, item.q + at * padded, scores + (at - first * rows) * CHUNK, item.result + at * (padded + 2));
+      });
+  };
+
+  for (int64_t j = 0; j < n; j += 16) {
+    const int64_t count = std::min<int64_t>(16, n - j);
+    for (int64_t i = j; i < j + count; i++) prefetch(all_values.row(at[i]), n_heads * p.head_size * sizeof(T));
+    for (int64_t head = first; head < last; head++) {
+      const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head);
+      for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*) {
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) decode_scores_bf16<R>(keys, values, at, n, (const bf16*)q, 2 * padded, x + skipped);
-        if (!pairs) decode_scores<T, R>(keys, values, at, n, q, padded, x + skipped);
-        for (int r = 0; r < R; r++) {
-          float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
-          if (keys.scale)
-            for (int64_t j = 0; j < n; j++) row[skipped + j] *= keys.scale_of(at[j]);
-          std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
-          std::fill(row + skipped + n, row + whole, 0.0f);
-          const int64_t query = (r0 + r) / group, query_head = head * group + (r0 + r) % group;
-          tail[0] = score(s, row, whole, start, query, query_head, -INF);
-          tail[1] = weigh(row, whole, tail[0]);
-          if (values.scale)
-            for (int64_t j = 0; j < n; j++) row[skipped + j] *= values.scale_of(at[j]);
-        }
-        decode_values<T, R>(values, coming, where.at, where.n, at, n, x + skipped, result, padded);
+          if (pairs) decode_scores_bf16<R>(keys, at + j, count, (const bf16*)q, 2 * padded, x + skipped + j);
+        if (!pairs) decode_scores<T, R>(keys, at + j, count, q, padded, x + skipped + j);
       });
     }
+  }
+  for (int64_t head = first; head < last; head++) {
+    const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
+    auto fetch = [&](int64_t j) {
+      if (next && j % n_heads == head - first && j < later.n)
+        prefetch(all_keys.row(later.at[j]), p.n_kv_head * p.head_size * sizeof(T));
+    };
+    for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result) {
+      for (int r = 0; r < R; r++) {
+        float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
+        if (keys.scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= keys.scale_of(at[j]);
+        std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
+        std::fill(row + skipped + n, row + whole, 0.0f);
+        tail[0] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
+        tail[1] = weigh(row, whole, tail[0]);
+        if (values.scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= values.scale_of(at[j]);
+      }
+      decode_values<T, R>(values, at, n, x + skipped, result, padded, fetch);
+    });
   }
 }
 

@@ -63,15 +63,6 @@ struct Rows {
       : x(x), n(n), n_in(n_in), stride(stride), dtype(dtype), n_groups((n + MAX_ROWS - 1) / MAX_ROWS) {}
   int64_t first(int64_t group) const { return n * group / n_groups; }
   int count(int64_t group) const { return int(first(group + 1) - first(group)); }
-  // Elements k .. k + count of a row as float32, zeros behind its end.
-  INLINE void read(int64_t row, int64_t k, int64_t count, float* out) const {
-    int64_t inside = std::clamp<int64_t>(n_in - k, 0, count);
-    with_float_type(dtype, [&](auto type) {
-      auto p = (const decltype(type)*)x + row * stride + k;
-      for_each_vector(inside, [&](int64_t i, auto load, auto store) { store(out + i, load(p + i)); });
-    });
-    std::fill(out + inside, out + count, 0.0f);
-  }
 };
 
 struct Int8Rows {    // of every block of 32:
@@ -131,20 +122,19 @@ void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows o
   });
 }
 
-// n elements of every row of a group as float32 or, two by two, as bf16.
+// n elements of every row of a group, zeros behind the end: as float32, or two by two as bf16.
 template <class T> void spread_rows(const Rows& rows, int64_t group, int64_t n, T* out) {
-  constexpr int64_t CHUNK = 256, PAIR = sizeof(T) == 2 ? 2 : 1;
-  int R = rows.count(group);
-  int64_t first = rows.first(group);
+  constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
+  const int64_t R = rows.count(group), first = rows.first(group);
   out += first * n;
-  for (int r = 0; r < R; r++) {
-    for (int64_t k = 0; k < n; k += CHUNK) {
-      float x[CHUNK];
-      int64_t count = std::min(CHUNK, n - k);
-      rows.read(first + r, k, count, x);
-      for (int64_t i = 0; i < count; i++) from_float(x[i], out + ((k + i) / PAIR * R + r) * PAIR + i % PAIR);
+  with_float_type(rows.dtype, [&](auto type) {
+    for (int64_t r = 0; r < R; r++) {
+      auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
+      T* y = out + r * PAIR;
+      for (int64_t k = 0; k < rows.n_in; k++) from_float(to_float(x[k]), y + k / PAIR * PAIR * R + k % PAIR);
+      for (int64_t k = rows.n_in; k < n; k++) from_float(0.0f, y + k / PAIR * PAIR * R + k % PAIR);
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------- integer kernel
@@ -279,15 +269,18 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
 // The block scales of an NF4 tile, (K / 64, 16): value of the code * factor of its 256 + mean, two roundings as in
 // bitsandbytes.
 void nf4_scales(const Weight& w, int64_t tile, float* scales) {
-  int64_t n = w.units(64);
+  const int64_t n = w.units(64);
   const uint8_t* codes = (const uint8_t*)w.scales + tile * n * TILE;
-  for (int64_t b = 0; b < n; b++)
-    for (int part = 0; part < PARTS; part++) {
-      int32_t of_256[W];
-      for (int i = 0; i < W; i++) of_256[i] = int32_t((std::min(tile * TILE + part * W + i, w.n_out - 1) * n + b) / 256);
+  for (int part = 0; part < PARTS; part++) {
+    int32_t first[W];  // number of the row's first block
+    for (int i = 0; i < W; i++) first[i] = int32_t(std::min(tile * TILE + part * W + i, w.n_out - 1) * n);
+    vi block = load_bits(first);
+    for (int64_t b = 0; b < n; b++, block = add_int(block, set1_bits(1))) {
       vf value = gather(w.codes, load_bytes(codes + b * TILE + part * W));
-      store(scales + b * TILE + part * W, add(mul(value, gather(w.absmax, load_bits(of_256))), set1(*w.mean)));
+      vf factor = gather(w.absmax, shift_right<8>(block));
+      store(scales + b * TILE + part * W, add(mul(value, factor), set1(*w.mean)));
     }
+  }
 }
 
 // sums (T, R, 16) of T tiles over `steps` loads; x (steps * COUNT, R).

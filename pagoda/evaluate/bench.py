@@ -1,0 +1,121 @@
+"""How fast a model runs here, and which share of the machine's own ceilings that is.
+
+Decoding has to read every weight and the whole cache once a token, so memory bandwidth bounds it; prefill is bound by
+the rate of matrix products. Both ceilings are measured in the same run, with PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pagoda.common import PagodaError
+from pagoda.engine.generate import Generator
+from pagoda.engine.llm import LLM
+from pagoda.engine.options import Sampling
+from pagoda.models.layers import weights_of
+from pagoda.ops.formats import PackedWeight
+
+
+@dataclass
+class Speed:
+    """Rates are tokens per second of the whole batch; shares are of the machine's measured ceilings."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    first_token_s: float
+    peak_memory_gib: float
+    decode_bytes_per_step: int
+    read_gb_s: float
+    decode_share_of_bandwidth: float
+    gemm_gflop_s: float
+    prefill_share_of_gemm: float
+
+
+def bench(llm: LLM, prompt_tokens: int = 512, new_tokens: int = 128, batch: int = 1, repeats: int = 3) -> Speed:
+    """Prefill `batch` prompts of random tokens, decode greedily; the median of `repeats` runs behind one to warm up."""
+    config = llm.model.config
+    if min(prompt_tokens, batch, repeats) < 1 or new_tokens < 2:
+        raise PagodaError("prompt_tokens, batch and repeats must be at least 1, and new_tokens at least 2")
+    if prompt_tokens + new_tokens > config.block_size:
+        raise PagodaError(f"{prompt_tokens} + {new_tokens} tokens do not fit the context of {config.block_size}")
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
+    options = [Sampling(temperature=0, max_new_tokens=new_tokens)] * batch
+    runs = []
+    for _ in range(repeats + 1):
+        run = Generator(llm.model, prompts, options, llm.kv_dtype)
+        for _ in run:
+            pass
+        runs.append(run.timing)
+    first = statistics.median(t.prefill_seconds for t in runs[1:])
+    decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
+    read, gemm = read_bandwidth(), gemm_rate(llm.model.dtype, llm.model.device)
+    moved = decode_bytes(llm, prompt_tokens + new_tokens // 2, batch)
+    flops = llm.model.flops_per_token(prompt_tokens)
+    # The head runs for each prompt's last token alone.
+    flops -= 2 * config.n_embd * config.vocab_size * (1 - 1 / prompt_tokens)
+    prefill = batch * prompt_tokens / first
+    return Speed(
+        prefill,
+        decode,
+        first,
+        peak_memory(llm.model.device),
+        moved,
+        read / 1e9,
+        moved * decode / batch / read,
+        gemm / 1e9,
+        flops * prefill / gemm,
+    )
+
+
+def decode_bytes(llm: LLM, context: int, batch: int) -> int:
+    """Bytes that one decode step must read: every weight once (of the embedding one row), and each sequence's cache."""
+    weights = {id(w): w for name, w in weights_of(llm.model) if name not in ("embed.weight", "pos_embed.weight")}
+    read = 0
+    for w in weights.values():
+        parts = list(w) if isinstance(w, torch.nn.ModuleList) else [w]
+        read += sum(p.nbytes if isinstance(p, PackedWeight) else p.numel() * p.element_size() for p in parts)
+    dtype = llm.kv_dtype or llm.model.dtype
+    windows = llm.model.config.windows
+    for spec, window in zip(llm.model.cache_specs(), windows):
+        read += batch * spec.page_bytes(1, dtype) * (min(window, context) if window else context)
+    return read
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that a sum over 256 MB reads: the best of ten."""
+    x = torch.ones(2**26)
+    return x.numel() * 4 / best_time(lambda: x.sum(), 10)
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of a 512 x 2048 x 2048 product: the best of ten."""
+    a, b = torch.ones(512, 2048, dtype=dtype, device=device), torch.ones(2048, 2048, dtype=dtype, device=device)
+    return 2 * 512 * 2048 * 2048 / best_time(lambda: a @ b, 10)
+
+
+def best_time(function: Callable, times: int) -> float:
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the process (mapped pages counted) on a CPU, of the device's allocator elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
