@@ -126,18 +126,18 @@ class PackedWeight(nn.Module):
         blocks = rows * codes.shape[1] + torch.arange(codes.shape[1], device=self.device)[:, None]
         return self.codes[codes.int()] * self.absmax[(blocks // 256).clamp_max(len(self.absmax) - 1)] + self.mean
 
-    def descriptor(self) -> int:
-        """Address of what the kernels read: struct Weight of linear.cpp. Made anew when the tensors have moved."""
-        if self._words is None:
-            if self.device.type != "cpu" or not all(t.is_contiguous() for t in self.buffers()):
-                raise PagodaError("a kernel reads packed weights on the CPU only, and contiguous ones")
-            pointer = [0 if t is None else t.data_ptr() for t in (self.quants, self.scales, self.minimums)]
-            pointer += [0 if t is None else t.data_ptr() for t in (self.codes, self.absmax, self.mean)]
+    def kernel_view(self) -> tuple[int, int, int]:
+        """(address, n_out, n_in). The address is of what the kernels read, struct Weight of linear.cpp, and 0 where the
+        tensors are not on the CPU. Made anew after the tensors have moved."""
+        if self._view is None:
+            tensors = [self.quants, self.scales, self.minimums, self.codes, self.absmax, self.mean]
+            pointers = [0 if t is None else t.data_ptr() for t in tensors]
             zero_point = 8 if _KIND[self.format] == 3 and self.minimums is None else 0
-            words = [_KIND[self.format], *self.shape, self.exact, self.group_size // BLOCK, zero_point, *pointer]
-            words = torch.tensor(words, dtype=torch.int64)
-            self._words, self._address = words, words.data_ptr()
-        return self._address
+            words = [_KIND[self.format], *self.shape, self.exact, self.group_size // BLOCK, zero_point, *pointers]
+            self._words = torch.tensor(words, dtype=torch.int64)
+            readable = all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors)
+            self._view = (self._words.data_ptr() if readable else 0, *self.shape)
+        return self._view
 
     @property
     def exact(self) -> bool:
@@ -145,20 +145,20 @@ class PackedWeight(nn.Module):
 
     @exact.setter
     def exact(self, value: bool):
-        self._exact, self._words = value, None
+        self._exact, self._view = value, None
 
     def _apply(self, fn, recurse=True):
         """Moves the tensors as `.to` and its like ask, but keeps their dtypes: they are bits, not numbers."""
-        self._words = None
+        self._view = None
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device), recurse)
 
     def _load_from_state_dict(self, *args):
-        self._words = None
+        self._view = None
         super()._load_from_state_dict(*args)
 
     def __getstate__(self):  # copies and pickles must not share the addresses
-        return {**self.__dict__, "_words": None}
+        return {**self.__dict__, "_view": None, "_words": None}
 
 
 def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = False) -> PackedWeight:

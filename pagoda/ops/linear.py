@@ -26,39 +26,27 @@ def linear(
         y = _PackedLinear.apply(x, weight)
         y = y if bias is None else y + bias
         return y if residual is None else y + residual
-    if not (cpu.usable(x) and x.dtype in _FLOATS and weight.quants.is_cpu):
+    address, n_out, n_in = weight.kernel_view()
+    if not (address and cpu.usable(x) and x.dtype in _FLOATS):
         return _reference(x, weight, bias, residual)
-    n_out, n_in = weight.shape
-    rows, stride, x = _rows(x, n_in)
+    x, rows, stride = _rows(x, n_in)
     y = x.new_empty((*x.shape[:-1], n_out))
-    bias, add = _dense(bias, x), _dense(residual, x)
-    cpu.kernels.linear(
-        y.data_ptr(),
-        weight.descriptor(),
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if add is None else add.data_ptr(),
-        rows,
-        stride,
-        _FLOATS[x.dtype],
-    )
+    bias, residual = _like(bias, x), _like(residual, x)
+    plus = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
+    cpu.kernels.linear(y.data_ptr(), address, x.data_ptr(), *plus, rows, stride, _FLOATS[x.dtype])
     return y
 
 
 def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
-    if torch.is_grad_enabled() or not (cpu.usable(x) and x.dtype in _FLOATS and weights[0].quants.is_cpu):
+    views = [w.kernel_view() for w in weights]
+    if torch.is_grad_enabled() or not (views[0][0] and cpu.usable(x) and x.dtype in _FLOATS):
         return [linear(x, w) for w in weights]
-    rows, stride, x = _rows(x, weights[0].shape[1])
-    ys = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
-    cpu.kernels.linear_many(
-        [y.data_ptr() for y in ys],
-        [w.descriptor() for w in weights],
-        x.data_ptr(),
-        rows,
-        stride,
-        _FLOATS[x.dtype],
-    )
+    x, rows, stride = _rows(x, views[0][2])
+    lead = x.shape[:-1]
+    ys = [x.new_empty((*lead, n_out)) for _, n_out, _ in views]
+    pointers, addresses = [y.data_ptr() for y in ys], [address for address, _, _ in views]
+    cpu.kernels.linear_many(pointers, addresses, x.data_ptr(), rows, stride, _FLOATS[x.dtype])
     return ys
 
 
@@ -66,14 +54,12 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """Rows of weight (n_rows, n) by ids (N,) int64: (N, n), for a PackedWeight in its `dtype`."""
     if isinstance(weight, Tensor):
         return F.embedding(ids, weight)
-    if not (cpu.usable(ids) and weight.quants.is_cpu and weight.dtype in _FLOATS):
+    address, _, n = weight.kernel_view()
+    if not (address and cpu.usable(ids) and weight.dtype in _FLOATS):
         return weight.rows(ids).to(weight.dtype)
-    n_rows, n = weight.shape
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_rows:
-        raise IndexError(f"row number outside 0..{n_rows - 1}")
     y = torch.empty(len(ids), n, dtype=weight.dtype)
     ids = ids.contiguous()
-    cpu.kernels.embedding(y.data_ptr(), weight.descriptor(), ids.data_ptr(), len(ids), _FLOATS[weight.dtype])
+    cpu.kernels.embedding(y.data_ptr(), address, ids.data_ptr(), len(ids), _FLOATS[weight.dtype])
     return y
 
 
@@ -84,17 +70,18 @@ def linear_transposed(y: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     return sum(y[..., rows] @ part.to(y.dtype) for rows, part in weight.chunks())
 
 
-def _rows(x: Tensor, n_in: int) -> tuple[int, int, Tensor]:
-    """The number of rows of x, their stride, and x in a form where both exist."""
+def _rows(x: Tensor, n_in: int) -> tuple[Tensor, int, int]:
+    """x in a form that has them, the number of its rows, and their stride."""
     if x.shape[-1] != n_in:
         raise ValueError(f"x has {x.shape[-1]} columns, the weight takes {n_in}")
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x.shape[0], x.stride(0), x
-    x = x.contiguous()
-    return x.numel() // n_in, n_in, x
+    if not x.is_contiguous():
+        if x.dim() == 2 and x.stride(1) == 1:
+            return x, x.shape[0], x.stride(0)
+        x = x.contiguous()
+    return x, x.numel() // n_in, n_in
 
 
-def _dense(t: Tensor | None, x: Tensor) -> Tensor | None:
+def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t if t is None or (t.dtype == x.dtype and t.is_contiguous()) else t.to(x.dtype).contiguous()
 
 

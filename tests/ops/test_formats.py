@@ -140,9 +140,9 @@ def test_rows_and_dtypes(format):
 def test_a_packed_weight_moves_copies_and_saves_as_a_module(format):
     packed = pack(torch.randn(20, 70), format)
     values = packed.dequantize()
-    address = packed.descriptor()
+    address = packed.kernel_view()[0]
     twin = copy.deepcopy(packed)
-    assert twin.descriptor() != address
+    assert twin.kernel_view()[0] != address
     assert torch.equal(twin.dequantize(), values)
     twin.to(torch.bfloat16)
     assert twin.dtype == torch.bfloat16
@@ -152,6 +152,7 @@ def test_a_packed_weight_moves_copies_and_saves_as_a_module(format):
     assert torch.equal(other.dequantize(), values)
     meta = PackedWeight(format, packed.shape, packed.group_size, torch.float32, **packed.state_dict()).to("meta")
     assert meta.quants.is_meta
+    assert meta.kernel_view()[0] == 0
 
 
 def test_what_cannot_be_packed_is_an_error():

@@ -6,7 +6,7 @@
 
 using ptr = uintptr_t;
 
-// linear.cpp. weight: the words that PackedWeight.descriptor() of formats.py writes. y and add are (rows, n_out), dense.
+// linear.cpp. weight: the words that PackedWeight.kernel_view of formats.py writes. y and add are (rows, n_out), dense.
 void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype);
 void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype);
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype);

@@ -13,6 +13,7 @@
 // rows: the multipliers; a block of 32 k x 16 outputs takes 8 VNNI instructions a row and 2 to 4 more to scale the sum.
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -24,7 +25,7 @@ namespace {
 
 enum Kind : int64_t { FLOAT32, BF16_PAIRS, NF4, BITS4, BITS8 };
 
-// A packed weight. PackedWeight in pagoda/ops/formats.py writes it as a tensor of 64-bit words: keep the two in step.
+// A packed weight. PackedWeight.kernel_view of formats.py writes it as a tensor of 64-bit words: keep the two in step.
 struct Weight {
   Kind kind;
   int64_t n_out, n_in;
@@ -267,18 +268,21 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
 };
 
 // The block scales of an NF4 tile, (K / 64, 16): value of the code * factor of its 256 + mean, two roundings as in
-// bitsandbytes.
+// bitsandbytes. Plain loads: where a CPU guards against "Downfall", a gather costs more than multiplying the block.
 void nf4_scales(const Weight& w, int64_t tile, float* scales) {
   const int64_t n = w.units(64);
   const uint8_t* codes = (const uint8_t*)w.scales + tile * n * TILE;
-  for (int part = 0; part < PARTS; part++) {
-    int32_t first[W];  // number of the row's first block
-    for (int i = 0; i < W; i++) first[i] = int32_t(std::min(tile * TILE + part * W + i, w.n_out - 1) * n);
-    vi block = load_bits(first);
-    for (int64_t b = 0; b < n; b++, block = add_int(block, set1_bits(1))) {
-      vf value = gather(w.codes, load_bytes(codes + b * TILE + part * W));
-      vf factor = gather(w.absmax, shift_right<8>(block));
-      store(scales + b * TILE + part * W, add(mul(value, factor), set1(*w.mean)));
+  for (int64_t b = 0; b < n;) {
+    float factor[TILE];
+    int64_t stop = n;  // until here the factors stay
+    for (int i = 0; i < TILE; i++) {
+      int64_t block = std::min(tile * TILE + i, w.n_out - 1) * n + b;
+      factor[i] = w.absmax[block / 256];
+      stop = std::min(stop, b + 256 - block % 256);
+    }
+    for (; b < stop; b++, codes += TILE, scales += TILE) {
+      for (int i = 0; i < TILE; i++) scales[i] = w.codes[codes[i]];
+      for (int i = 0; i < TILE; i += W) store(scales + i, add(mul(load(scales + i), load(factor + i)), set1(*w.mean)));
     }
   }
 }
@@ -551,6 +555,8 @@ void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t ro
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype) {
   auto& w = *(const Weight*)weight;
   auto row = (const int64_t*)ids;
+  for (int64_t i = 0; i < n; i++)
+    if (row[i] < 0 || row[i] >= w.n_out) throw std::out_of_range("a row number outside the weight");  // an IndexError
   parallel_for(n, 8, [&](int64_t begin, int64_t end) {
     int64_t K = w.units(64) * 64;
     std::vector<float> panel(K * TILE + K / 4);

@@ -20,8 +20,6 @@ INLINE vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vi and_bits(vi a, uint32_t mask) { return _mm512_and_si512(a, set1_bits(mask)); }
 template <int N> INLINE vi shift_left(vi a) { return _mm512_slli_epi32(a, N); }
 template <int N> INLINE vi shift_right(vi a) { return _mm512_srai_epi32(a, N); }  // of signed integers
-INLINE vi load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-INLINE vf gather(const float* table, vi index) { return _mm512_i32gather_ps(index, table, 4); }
 INLINE vf lookup16(const float* table, vi index) {  // by the low 4 bits of index
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
 }
@@ -46,8 +44,6 @@ INLINE vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
 INLINE vi and_bits(vi a, uint32_t mask) { return _mm256_and_si256(a, set1_bits(mask)); }
 template <int N> INLINE vi shift_left(vi a) { return _mm256_slli_epi32(a, N); }
 template <int N> INLINE vi shift_right(vi a) { return _mm256_srai_epi32(a, N); }
-INLINE vi load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-INLINE vf gather(const float* table, vi index) { return _mm256_i32gather_ps(table, index, 4); }
 INLINE vf lookup16(const float* table, vi index) {
   vf low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
   vf high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
@@ -77,9 +73,9 @@ INLINE vi add_int(vi a, vi b) { return a + b; }
 INLINE vi and_bits(vi a, uint32_t mask) { return a & mask; }
 template <int N> INLINE vi shift_left(vi a) { return a << N; }
 template <int N> INLINE vi shift_right(vi a) { return (vi)((vs)a >> N); }
-INLINE vi load_bytes(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
-INLINE vf gather(const float* table, vi i) { return vf{table[i[0]], table[i[1]], table[i[2]], table[i[3]]}; }
-INLINE vf lookup16(const float* table, vi index) { return gather(table, index & 15); }
+INLINE vf lookup16(const float* table, vi i) {
+  return vf{table[i[0] & 15], table[i[1] & 15], table[i[2] & 15], table[i[3] & 15]};
+}
 INLINE vi signed_operand(vi w) { return w; }
 INLINE vi dot4_signed(vi acc, vi w, const int32_t* quad) {
   vi a = set1_bits(uint32_t(*quad));
