@@ -145,10 +145,11 @@ def bench(
         repeats: runs, of which the median counts.
         json: print one JSON object.
     """
-    from pagoda.engine.llm import LLM
+    from pagoda.engine.llm import load_model
     from pagoda.evaluate.bench import bench as measure
 
-    speed = measure(LLM.load(model, **vars(weights)), prompt_tokens, new_tokens, batch, repeats)
+    gpt, cache_dtype, _ = load_model(model, weights)
+    speed = measure(gpt, cache_dtype, prompt_tokens, new_tokens, batch, repeats)
     if json:
         print(json_module.dumps(dataclasses.asdict(speed)))
         return

@@ -12,7 +12,7 @@ import torch
 from pagoda.common import PagodaError, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.engine.generate import Generator, Timing
-from pagoda.engine.options import Sampling
+from pagoda.engine.options import Sampling, Weights
 from pagoda.models.download import resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import load
@@ -58,23 +58,8 @@ class LLM:
         quantize   the weights to `int8`, `int4` or `nf4` (the activations are then float32 unless dtype says otherwise)
         kv_dtype   of the cache: `auto` for bf16 (float32 where dtype is float32), `float32`, `bf16`, `int8`
         """
-        where = resolve_device(device)
-        kind = None if dtype == "auto" else resolve_dtype(dtype)
-        if quantize not in (None, "int8", "int4", "nf4"):
-            raise PagodaError(f"unknown quantization '{quantize}': use int8, int4 or nf4")
-        path = resolve(str(name))
-        if where.type == "cpu" and kernels is not None:  # lay all matrices out for the kernels
-            if path.is_file() and kind is None:
-                quantize, kind = quantize or "own", torch.float32
-            layout = {None: "own", torch.float32: "float32", torch.bfloat16: "bf16"}.get(kind)
-            quantize = quantize or layout
-        elif quantize:
-            kind = kind or torch.bfloat16
-        cache = {"auto": torch.float32 if kind == torch.float32 and dtype != "auto" else torch.bfloat16}
-        if kv_dtype not in ("auto", "int8"):
-            cache[kv_dtype] = resolve_dtype(kv_dtype)
-        cache["int8"] = torch.int8
-        return cls(load(path, kind, where, quantize=quantize), load_tokenizer(path), str(name), cache[kv_dtype])
+        model, cache_dtype, path = load_model(name, Weights(dtype, device, quantize, kv_dtype))
+        return cls(model, load_tokenizer(path), str(name), cache_dtype)
 
     def generate(
         self, prompts: str | list[int] | list[str] | list[list[int]], options: Sampling | None = None, **sampling: Any
@@ -147,6 +132,28 @@ class LLM:
             if reason:
                 generator.stop(index)
             yield index, new, (ids[index], reason) if reason else None
+
+
+def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Path]:
+    """The model that a name means, the type of its cache, and where it was found. On a CPU with kernels all matrices
+    are laid out for them, in the bits that they have or are rounded to."""
+    device = resolve_device(weights.device)
+    dtype = None if weights.dtype == "auto" else resolve_dtype(weights.dtype)
+    quantize = weights.quantize
+    if quantize not in (None, "int8", "int4", "nf4"):
+        raise PagodaError(f"unknown quantization '{quantize}': use int8, int4 or nf4")
+    if weights.kv_dtype == "auto":
+        cache_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    else:
+        cache_dtype = torch.int8 if weights.kv_dtype == "int8" else resolve_dtype(weights.kv_dtype)
+    path = resolve(str(name))
+    if device.type == "cpu" and kernels is not None:
+        quantize = quantize or {None: "own", torch.bfloat16: "bf16"}.get(dtype, "float32")
+        if path.is_file():
+            dtype = dtype or torch.float32  # of the activations: with packed weights they are the smaller part
+    elif quantize:
+        dtype = dtype or torch.bfloat16
+    return load(path, dtype, device, quantize=quantize), cache_dtype, path
 
 
 class Text:

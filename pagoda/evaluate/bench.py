@@ -16,8 +16,8 @@ import torch
 
 from pagoda.common import PagodaError
 from pagoda.engine.generate import Generator
-from pagoda.engine.llm import LLM
 from pagoda.engine.options import Sampling
+from pagoda.models.gpt import GPT
 from pagoda.models.layers import weights_of
 from pagoda.ops.formats import PackedWeight
 
@@ -37,9 +37,11 @@ class Speed:
     prefill_share_of_gemm: float
 
 
-def bench(llm: LLM, prompt_tokens: int = 512, new_tokens: int = 128, batch: int = 1, repeats: int = 3) -> Speed:
+def bench(
+    model: GPT, kv_dtype: torch.dtype, prompt_tokens: int = 512, new_tokens: int = 128, batch: int = 1, repeats: int = 3
+) -> Speed:
     """Prefill `batch` prompts of random tokens, decode greedily; the median of `repeats` runs behind one to warm up."""
-    config = llm.model.config
+    config = model.config
     if min(prompt_tokens, batch, repeats) < 1 or new_tokens < 2:
         raise PagodaError("prompt_tokens, batch and repeats must be at least 1, and new_tokens at least 2")
     if prompt_tokens + new_tokens > config.block_size:
@@ -49,15 +51,15 @@ def bench(llm: LLM, prompt_tokens: int = 512, new_tokens: int = 128, batch: int 
     options = [Sampling(temperature=0, max_new_tokens=new_tokens)] * batch
     runs = []
     for _ in range(repeats + 1):
-        run = Generator(llm.model, prompts, options, llm.kv_dtype)
+        run = Generator(model, prompts, options, kv_dtype)
         for _ in run:
             pass
         runs.append(run.timing)
     first = statistics.median(t.prefill_seconds for t in runs[1:])
     decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
-    read, gemm = read_bandwidth(), gemm_rate(llm.model.dtype, llm.model.device)
-    moved = decode_bytes(llm, prompt_tokens + new_tokens // 2, batch)
-    flops = llm.model.flops_per_token(prompt_tokens)
+    read, gemm = read_bandwidth(), gemm_rate(model.dtype, model.device)
+    moved = decode_bytes(model, kv_dtype, prompt_tokens + new_tokens // 2, batch)
+    flops = model.flops_per_token(prompt_tokens)
     # The head runs for each prompt's last token alone.
     flops -= 2 * config.n_embd * config.vocab_size * (1 - 1 / prompt_tokens)
     prefill = batch * prompt_tokens / first
@@ -65,7 +67,7 @@ def bench(llm: LLM, prompt_tokens: int = 512, new_tokens: int = 128, batch: int 
         prefill,
         decode,
         first,
-        peak_memory(llm.model.device),
+        peak_memory(model.device),
         moved,
         read / 1e9,
         moved * decode / batch / read,
@@ -74,17 +76,16 @@ def bench(llm: LLM, prompt_tokens: int = 512, new_tokens: int = 128, batch: int 
     )
 
 
-def decode_bytes(llm: LLM, context: int, batch: int) -> int:
+def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) -> int:
     """Bytes that one decode step must read: every weight once (of the embedding one row), and each sequence's cache."""
-    weights = {id(w): w for name, w in weights_of(llm.model) if name not in ("embed.weight", "pos_embed.weight")}
+    weights = {id(w): w for name, w in weights_of(model) if name not in ("embed.weight", "pos_embed.weight")}
     read = 0
     for w in weights.values():
         parts = list(w) if isinstance(w, torch.nn.ModuleList) else [w]
         read += sum(p.nbytes if isinstance(p, PackedWeight) else p.numel() * p.element_size() for p in parts)
-    dtype = llm.kv_dtype or llm.model.dtype
-    windows = llm.model.config.windows
-    for spec, window in zip(llm.model.cache_specs(), windows):
-        read += batch * spec.page_bytes(1, dtype) * (min(window, context) if window else context)
+    windows = model.config.windows
+    for spec, window in zip(model.cache_specs(), windows):
+        read += batch * spec.page_bytes(1, kv_dtype) * (min(window, context) if window else context)
     return read
 
 
