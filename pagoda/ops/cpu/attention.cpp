@@ -79,6 +79,7 @@ template <class T> struct Heads {
       : base((const T*)base + head * p.head_size), stride(stride), head_size(p.head_size),
         scale(scale ? scale + head : nullptr), scale_stride(p.n_kv_head) {}
   INLINE const T* row(int64_t at) const { return base + at * stride; }
+  INLINE void fetch(int64_t at) const { prefetch(row(at), head_size * sizeof(T)); }
   INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
 };
 
@@ -151,9 +152,10 @@ INLINE vf shrink(vf before, vf now) {
 
 // x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
 template <class T, int R>
-void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
+void decode_scores(const Heads<T>& keys, const Heads<T>& values, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
+    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -182,9 +184,10 @@ void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const flo
 
 // The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
 template <int R>
-void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
+void decode_scores_bf16(const Heads<bf16>& keys, const Heads<bf16>& values, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
+    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -282,7 +285,7 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK, n_heads = last - first;
   const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
   const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at;
-  const Heads<T> all_keys(p.k, p.k_stride, nullptr, p, 0), all_values(p.v, p.v_stride, nullptr, p, first);
+  const Heads<T> all_keys(p.k, p.k_stride, nullptr, p, 0);
 
   static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in fours, the last may reach past
   memory.resize(n_heads * rows * CHUNK + 4);
@@ -297,13 +300,12 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
 
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t count = std::min<int64_t>(16, n - j);
-    for (int64_t i = j; i < j + count; i++) prefetch(all_values.row(at[i]), n_heads * p.head_size * sizeof(T));
     for (int64_t head = first; head < last; head++) {
-      const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head);
+      const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
       for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*) {
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) decode_scores_bf16<R>(keys, at + j, count, (const bf16*)q, 2 * padded, x + skipped + j);
-        if (!pairs) decode_scores<T, R>(keys, at + j, count, q, padded, x + skipped + j);
+          if (pairs) decode_scores_bf16<R>(keys, values, at + j, count, (const bf16*)q, 2 * padded, x + skipped + j);
+        if (!pairs) decode_scores<T, R>(keys, values, at + j, count, q, padded, x + skipped + j);
       });
     }
   }
