@@ -149,7 +149,7 @@ def _kernel(
     q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale, products=1
 ) -> Tensor:
     """`products`: 0 multiplies in float32 always, 1 in bf16 where the CPU does, 2 in bf16 even if emulated (tests)."""
-    n, n_head, head_size = q.shape
+    _, n_head, head_size = q.shape
     q = cpu.heads(q)
     out = torch.empty_like(q)
     if block_table is None:
