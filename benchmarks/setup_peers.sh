@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Build the environments of the systems that Pagoda is measured against, each beside the others in DIR.
+# usage: setup_peers.sh DIR        (llama.cpp is compiled for this CPU: about ten minutes on two cores)
+set -euo pipefail
+mkdir -p "$1"
+cd "$1"
+python3 -m venv transformers
+transformers/bin/pip install -q torch==2.13.0 transformers==5.23.0 safetensors
+python3 -m venv llamacpp
+CMAKE_ARGS="-DGGML_NATIVE=ON" llamacpp/bin/pip install -q llama-cpp-python==0.3.36 numpy
