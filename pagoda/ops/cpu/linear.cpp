@@ -442,49 +442,55 @@ void float_share(const Product& p, const Task& task, const Share& share, int64_t
   }
 }
 
-void run_share(const Product& p, const Task& task, const Share& share) {
-  using One = std::make_integer_sequence<int, 1>;
+// Memory of a thread, grown to the largest request, on a cache line: a vector must not straddle two.
+float* room(std::vector<float>& memory, int64_t n) {
+  if (int64_t(memory.size()) < n + 16) memory.resize(n + 16);
+  return (float*)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
+}
+
+template <class View, class F>
+void view_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
+                int64_t steps, F make_view) {
   constexpr int NARROW = 4 / PARTS;  // one row: as many tiles as give 4 sums in flight
+  using One = std::make_integer_sequence<int, 1>;
+  if (task.rows.n == 1) float_share<View, NARROW, One>(p, task, share, chunk, x, steps, make_view);
+  else float_share<View, WIDE_TILES, RowCounts>(p, task, share, chunk, x, steps, make_view);
+}
+
+void run_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
-  const int64_t K = task.row_length;
+  const int64_t K = task.row_length, width = task.rows.n == 1 ? 4 : WIDE_TILES;
+  const int64_t chunk = std::max<int64_t>(CACHE / (K * TILE * 4) / width, 1) * width;
+  const bool few = task.rows.n_groups == 1;  // each tile is used once: not worth writing it down dequantized
   thread_local std::vector<float> memory;
-  auto room = [&](int64_t n) {
-    if (int64_t(memory.size()) < n) memory.resize(n);
-    return memory.data();
-  };
-  int64_t chunk = std::max<int64_t>(CACHE / (K * TILE * 4) / WIDE_TILES, 1) * WIDE_TILES;
-  Form form = form_of(w);
-  if (form == INT8_ROWS) return integer_share(p, task, share);
+  if (form_of(w) == INT8_ROWS) return integer_share(p, task, share);
 #if defined(__AVX512BF16__)
-  if (form == PAIR_ROWS) {
+  if (form_of(w) == PAIR_ROWS) {
     auto view = [&](int64_t tile, int64_t) { return PairView{w.quants + tile * w.units(2) * TILE * 4}; };
-    auto x = (const uint32_t*)task.x.pairs;
-    if (task.rows.n == 1) float_share<PairView, NARROW, One>(p, task, share, 2 * chunk, x, w.units(2), view);
-    else float_share<PairView, WIDE_TILES, RowCounts>(p, task, share, 2 * chunk, x, w.units(2), view);
-    return;
+    return view_share<PairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.pairs, w.units(2), view);
   }
 #endif
   if (w.kind == FLOAT32) {
     auto view = [&](int64_t tile, int64_t) { return Float32View{{}, (const float*)w.quants + tile * w.n_in * TILE}; };
-    if (task.rows.n == 1) float_share<Float32View, NARROW, One>(p, task, share, 64, task.x.f32, w.n_in, view);
-    else float_share<Float32View, WIDE_TILES, RowCounts>(p, task, share, chunk, task.x.f32, w.n_in, view);
-  } else if (w.kind == BF16_PAIRS && task.rows.n == 1) {
+    view_share<Float32View>(p, task, share, chunk, task.x.f32, w.n_in, view);
+  } else if (w.kind == BF16_PAIRS && few) {
     auto view = [&](int64_t tile, int64_t) { return Bf16View{{}, w.quants + tile * w.units(2) * TILE * 4}; };
-    float_share<Bf16View, NARROW, One>(p, task, share, 64, task.x.f32, w.units(2), view);
-  } else if (w.kind == NF4 && task.rows.n == 1) {
-    float* scales = room(NARROW * K / 64 * TILE);
+    view_share<Bf16View>(p, task, share, chunk, task.x.f32, w.units(2), view);
+  } else if (w.kind == NF4 && few) {
+    const int64_t n = K / 64 * TILE;
+    float* scales = room(memory, chunk * n);
     auto view = [&](int64_t tile, int64_t slot) {
-      nf4_scales(w, tile, scales + slot * K / 64 * TILE);
-      return Nf4View{{}, w.quants + tile * K * TILE / 2, scales + slot * K / 64 * TILE};
+      nf4_scales(w, tile, scales + slot * n);
+      return Nf4View{{}, w.quants + tile * K * TILE / 2, scales + slot * n};
     };
-    float_share<Nf4View, NARROW, One>(p, task, share, NARROW, task.x.f32, K / 8, view);
+    view_share<Nf4View>(p, task, share, chunk, task.x.f32, K / 8, view);
   } else {  // dequantize the tiles of a chunk, then let all rows pass by
-    float* panels = room((chunk + 1) * K * TILE);
+    float *panels = room(memory, (chunk + 1) * K * TILE), *scratch = panels + chunk * K * TILE;
     auto view = [&](int64_t tile, int64_t slot) {
-      unpack_tile(w, tile, panels + slot * K * TILE, panels + chunk * K * TILE);
+      unpack_tile(w, tile, panels + slot * K * TILE, scratch);
       return Float32View{{}, panels + slot * K * TILE};
     };
-    float_share<Float32View, WIDE_TILES, RowCounts>(p, task, share, chunk, task.x.f32, w.n_in, view);
+    view_share<Float32View>(p, task, share, chunk, task.x.f32, w.n_in, view);
   }
 }
 
@@ -493,8 +499,7 @@ Activations allocate(int64_t rows, int64_t n_blocks, int64_t row_length, const b
   thread_local std::vector<float> memory;
   int64_t blocks = wanted[INT8_ROWS] ? rows * n_blocks : 0, floats = wanted[FLOAT32_ROWS] ? rows * row_length : 0;
   int64_t pairs = wanted[PAIR_ROWS] ? rows * row_length / 2 : 0, size = blocks * 12 + floats + pairs;
-  if (int64_t(memory.size()) < size) memory.resize(size);
-  float* p = memory.data();
+  float* p = room(memory, size);
   auto words = (int32_t*)p;
   return {{words, p + blocks * 8, p + blocks * 9, words + blocks * 10, words + blocks * 11},
           p + blocks * 12,
