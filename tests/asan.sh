@@ -14,6 +14,7 @@ rm -f pagoda/ops/cpu/*.so
 PAGODA_CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -O1 -g1" PAGODA_LDFLAGS="-fsanitize=address" \
   "$PYTHON" setup.py --quiet build_ext --inplace
 
-# Python itself is not instrumented: the sanitizer comes in first, and Python's own leaks are not ours to report.
-LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy" \
+# Python itself is not instrumented: the sanitizer comes in first, with the library of the exceptions that it watches, and
+# Python's own leaks are not ours to report.
+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$copy" \
   "$PYTHON" -m pytest -q -p no:cacheprovider "${@:-tests/ops}"
