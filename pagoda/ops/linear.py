@@ -19,43 +19,42 @@ def linear(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """`x @ weight.T + bias + residual`: x (..., n_in), weight (n_out, n_in), bias (n_out,), residual (..., n_out)."""
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, PackedWeight):
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
     if torch.is_grad_enabled():
         y = _PackedLinear.apply(x, weight)
         y = y if bias is None else y + bias
         return y if residual is None else y + residual
-    address, n_out, n_in = weight.kernel_view()
-    if not (address and cpu.usable(x) and x.dtype in _FLOATS):
+    address, n_out, n_in = weight.kernel_view() if cpu.usable(x) and x.dtype in _FLOATS else (0, 0, 0)
+    if not address:
         return _reference(x, weight, bias, residual)
-    x, rows, stride = _rows(x, n_in)
-    y = x.new_empty((*x.shape[:-1], n_out))
+    x, rows, stride, lead = _rows(x, n_in)
+    y = x.new(rows, n_out)  # half the cost of new_empty
     bias, residual = _like(bias, x), _like(residual, x)
     plus = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     cpu.kernels.linear(y.data_ptr(), address, x.data_ptr(), *plus, rows, stride, _FLOATS[x.dtype])
-    return y
+    return y if lead is None else y.view(*lead, n_out)
 
 
 def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
-    views = [w.kernel_view() for w in weights]
-    if torch.is_grad_enabled() or not (views[0][0] and cpu.usable(x) and x.dtype in _FLOATS):
+    views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
+    if not views or not all(address for address, _, _ in views):
         return [linear(x, w) for w in weights]
-    x, rows, stride = _rows(x, views[0][2])
-    lead = x.shape[:-1]
-    ys = [x.new_empty((*lead, n_out)) for _, n_out, _ in views]
+    x, rows, stride, lead = _rows(x, views[0][2])
+    ys = [x.new(rows, n_out) for _, n_out, _ in views]
     pointers, addresses = [y.data_ptr() for y in ys], [address for address, _, _ in views]
     cpu.kernels.linear_many(pointers, addresses, x.data_ptr(), rows, stride, _FLOATS[x.dtype])
-    return ys
+    return ys if lead is None else [y.view(*lead, y.shape[1]) for y in ys]
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """Rows of weight (n_rows, n) by ids (N,) int64: (N, n), for a PackedWeight in its `dtype`."""
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, PackedWeight):
         return F.embedding(ids, weight)
-    address, _, n = weight.kernel_view()
-    if not (address and cpu.usable(ids) and weight.dtype in _FLOATS):
+    address, _, n = weight.kernel_view() if cpu.usable(ids) and weight.dtype in _FLOATS else (0, 0, 0)
+    if not address:
         return weight.rows(ids).to(weight.dtype)
     y = torch.empty(len(ids), n, dtype=weight.dtype)
     ids = ids.contiguous()
@@ -70,15 +69,15 @@ def linear_transposed(y: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     return sum(y[..., rows] @ part.to(y.dtype) for rows, part in weight.chunks())
 
 
-def _rows(x: Tensor, n_in: int) -> tuple[Tensor, int, int]:
-    """x in a form that has them, the number of its rows, and their stride."""
-    if x.shape[-1] != n_in:
-        raise ValueError(f"x has {x.shape[-1]} columns, the weight takes {n_in}")
-    if not x.is_contiguous():
-        if x.dim() == 2 and x.stride(1) == 1:
-            return x, x.shape[0], x.stride(0)
-        x = x.contiguous()
-    return x, x.numel() // n_in, n_in
+def _rows(x: Tensor, n_in: int) -> tuple[Tensor, int, int, torch.Size | None]:
+    """x as rows: itself where it can be, their number, their stride; and the dimensions before the last unless one."""
+    shape = x.shape
+    if shape[-1] != n_in:
+        raise ValueError(f"x has {shape[-1]} columns, the weight takes {n_in}")
+    if len(shape) == 2:
+        stride, one = x.stride()
+        return (x, shape[0], stride, None) if one == 1 else (x.contiguous(), shape[0], n_in, None)
+    return x.contiguous(), x.numel() // n_in, n_in, shape[:-1]
 
 
 def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
