@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json as json_module
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def generate(
     model: str,
     sampling: Sampling,
     weights: Weights,
-    prompt: str | None = None,
+    prompt: str = "-",
     json: bool = False,
 ) -> None:
     """Complete a text (no chat template is applied; `pagoda chat` does).
@@ -31,13 +32,16 @@ def generate(
         model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
         sampling: how tokens are chosen.
         weights: how the model is loaded.
-        prompt: the text to go on from; standard input without it.
+        prompt: the text to go on from; - is standard input.
         json: print one JSON object with the text, the token ids and the figures.
     """
-    if prompt is None:
+    if prompt == "-":
         if sys.stdin.isatty():
             raise PagodaError('no prompt: give --prompt "..." or a text on standard input')
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise PagodaError("standard input is not UTF-8 text") from None
     from pagoda.engine.llm import LLM
 
     llm = LLM.load(model, **vars(weights))
@@ -56,7 +60,7 @@ def chat(
     model: str,
     sampling: Sampling,
     weights: Weights,
-    system: str | None = None,
+    system: str = "",
 ) -> None:
     """Talk to a model. A pipe on standard input is read as one message per line.
 
@@ -259,19 +263,46 @@ def run(name: str, args: list[str]) -> None:
     for options in groups.values():
         parser.add_class_arguments(options, as_group=False)
     flags = {f"--{name}" for name, p in parameters.items() if p.annotation == "bool"} | {"--ignore_eos"}
-    for i, (arg, value) in enumerate(zip(args, [*args[1:], ""])):
-        if arg in flags and value not in ("true", "false"):
-            args[i] = f"{arg}=true"  # --json alone means --json true
-        elif arg == "--stop" and not (value.startswith("[") and value.endswith("]")):
-            args[i] = "--stop+"  # --stop A --stop B are two stop texts
     try:
-        options = vars(parser.parse_args(args))
+        options = vars(parser.parse_args(spell_out(args, flags)))
     except ArgumentError as e:
-        raise PagodaError(" ".join(str(e).split()) + f" (`pagoda {name} --help` lists the options)") from None
+        raise PagodaError(f"{complaint(str(e))} (`pagoda {name} --help` lists the options)") from None
     options.pop("config", None)
+    for option, value in options.items():  # a file may say null for anything
+        if value is None and parser.get_default(option) is not None:
+            raise PagodaError(f"{option} must not be null (`pagoda {name} --help` lists the options)")
     for name, group in groups.items():
         options[name] = group(**{f.name: options.pop(f.name) for f in dataclasses.fields(group)})
     function(**options)
+
+
+def spell_out(args: list[str], flags: set[str]) -> list[str]:
+    """`--json` alone means `--json=true`; `--stop A --stop B` are two texts, taken as they are: `[INST]` is no list."""
+    spelled, rest = [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        if arg in flags and rest[:1] not in (["true"], ["false"]):
+            arg += "=true"
+        elif arg == "--stop" and rest and not rest[0].startswith("--"):
+            arg = f"--stop={rest.pop(0)}"
+        if arg.startswith("--stop="):
+            arg = "--stop+=" + json_module.dumps([arg.removeprefix("--stop=")], ensure_ascii=False)
+        spelled.append(arg)
+    return spelled
+
+
+def complaint(error: str) -> str:
+    """What jsonargparse says about a value, without its own vocabulary."""
+    error = " ".join(error.split())
+    key = re.search(r'Parser key "(\w+)"', error)
+    kinds = list(dict.fromkeys(re.findall(r"Expected a <class '(\w+)'>", error)))
+    value = re.search(r"(?:Got value|Given value): (.*)", error)
+    if key and kinds and value:
+        words = {"NoneType": "null", "int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
+        return f"{key[1]}: expected {' or '.join(words.get(k, k) for k in kinds)}, not {value[1]}"
+    if error.startswith("Unexpected config"):
+        return "the --config file must hold lines such as `temperature: 0`"
+    return error.replace("Parser key ", "").replace('"config": ', "")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,6 +331,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as e:  # a file that may not be read, a full disk
+        if e.filename is None:
+            raise
+        note(f"pagoda: {e.strerror}: {e.filename}")
+        return 2
     return 0
 
 

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
+from pagoda import Sampling, cli
 from pagoda.cli import COMMANDS, main
 
 
-@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize("args", [["--help"], *([*name.split(), "--help"] for name in COMMANDS)])
 def test_help_imports_no_torch(args):
     code = (
         f"import sys; from pagoda.cli import main\ntry: main({args!r})\nexcept SystemExit: pass\n"
@@ -47,8 +48,66 @@ def test_mistakes_cost_one_line(args, words, tmp_path, default_model, capsys):
     assert words in err
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("temperature: null", "temperature must not be null"),
+        ("temperature: hot", "temperature: expected number, not hot"),
+        ("seed: x", "seed: expected whole number or null, not x"),
+        ("stop: x", "stop: expected list, not x"),
+        ("top_q: 1", "'top_q' is not accepted"),
+        ("top_p: 7", "top_p must be above 0"),
+        ("", "--config file must hold"),
+        ("a: [", "parsing"),
+    ],
+)
+def test_mistakes_in_a_configuration_file_cost_one_line(text, words, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["generate", "smollm2-135m-instruct", "--prompt", "x", "--config", str(tmp_path / "c.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize("text", ["# a heading", "null", "[INST]", "- item", "a: {b}", '"quoted"', "x ", "é🙂\n"])
+def test_texts_on_the_command_line_are_taken_as_they_are(text, monkeypatch):
+    seen = []
+
+    def generate(model: str, sampling: Sampling, prompt: str = "-"):
+        """Stands in."""
+        seen.extend([prompt, sampling.stop])
+
+    monkeypatch.setitem(cli.COMMANDS, "generate", generate)
+    assert main(["generate", "m", "--prompt", text, "--stop", text, f"--stop={text}"]) == 0
+    assert seen == [text, [text, text]]
+
+
+def test_a_file_that_may_not_be_read_costs_one_line(monkeypatch, capsys):
+    def download(name):
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("pagoda.models.download.download", download)
+    assert main(["download", "x"]) == 2
+    assert capsys.readouterr().err == "pagoda: Permission denied: /some/file\n"
+
+
+def test_python_m_pagoda_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "pagoda", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("pagoda ")
+
+
+def test_generating_does_not_wait_for_the_compiler(default_model):
+    code = (
+        "import sys; from pagoda import LLM\n"
+        f"LLM.load({str(default_model)!r}).generate('One', max_new_tokens=3)\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_generate_prints_the_completion_alone(default_model, capsys):
-    args = ["--temperature", "0", "--max_new_tokens", "4", "--dtype", "float32"]
+    args = ["--temperature", "0", "--max_new_tokens", "5", "--dtype", "float32"]
     assert main(["generate", str(default_model), "--prompt", "The capital of France is", *args]) == 0
     out, err = capsys.readouterr()
     assert out == " Paris.\n\nThe\n"
@@ -105,6 +164,7 @@ def test_convert_writes_a_directory_that_transformers_opens(default_model, tmp_p
 
     model, tok = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     assert str(model.dtype) == "torch.bfloat16"
+    assert model.generation_config.eos_token_id in (tok.eos_token_id, [tok.eos_token_id])
     assert tok("Hello 🙂 world").input_ids == tok.encode("Hello 🙂 world")
     assert main(args) == 2  # never over what is there
     assert "exists already" in capsys.readouterr().err

@@ -39,7 +39,7 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         for name, ok, what in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"),
