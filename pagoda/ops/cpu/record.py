@@ -61,6 +61,10 @@ class _Kernels:
 class _Watch(TorchDispatchMode):
     """Sees what PyTorch does meanwhile: it may make memory, or look at memory in another shape, and nothing else."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiles this, and hiding it from torch._dynamo takes two seconds to import that
+
     def __init__(self, recording: Recording):
         super().__init__()
         self.recording = recording
