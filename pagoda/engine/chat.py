@@ -57,7 +57,9 @@ class Conversation:
         if not file:
             raise PagodaError("/save needs a file name")
         try:
-            Path(file).write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            Path(file).expanduser().write_text(
+                json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+            )
         except OSError as e:
             raise PagodaError(f"cannot write {file}: {e.strerror}") from None
         print(f"saved {len(self.messages)} messages to {file}", file=sys.stderr)
@@ -79,6 +81,8 @@ def converse(llm: LLM, sampling: Sampling, system: str | None = None) -> None:
             continue
         try:
             talk.command(line) if line.startswith("/") else talk.ask(line)
+        except KeyboardInterrupt:  # a second Ctrl-C, behind the one that stopped the answer
+            continue
         except PagodaError as e:
             if not interactive:
                 raise

@@ -56,7 +56,7 @@ class Timing:
                 (self.prefill_tokens, "prompt", self.prefill_seconds),
                 (self.decode_tokens, "new", self.decode_seconds),
             )
-            if n
+            if n and seconds  # a phase that was interrupted has no time
         ]
         return f"[{', '.join(parts)}]"
 

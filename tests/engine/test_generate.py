@@ -87,6 +87,10 @@ def test_impossible_prompts_are_refused(model, prompt, message):
         Generator(model, [prompt], [GREEDY])
 
 
+def test_an_interrupted_prefill_has_a_summary():
+    assert generate.Timing(prefill_tokens=2048).summary() == "[]"
+
+
 def test_embeddings_and_ids_are_the_same_input(model):
     ids = torch.randint(0, 97, (2, 9))
     with torch.inference_mode():
