@@ -51,6 +51,8 @@ def resolve(name: str | os.PathLike) -> Path:
     it. The last two are downloaded once. Anything else raises PagodaError, with close matches.
     """
     path = Path(name).expanduser()
+    if not str(name):
+        raise PagodaError("the model's name is empty: give a name, a path, or a hub id such as org/name")
     if path.is_file():
         if path.suffix != ".gguf":
             raise PagodaError(f"{path} is not a model: give a Hugging Face directory or a .gguf file")
@@ -88,8 +90,14 @@ def _looks_like_file(name: str) -> bool:
 def _unknown(name: str) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from pagoda.models.registry import known_models
+
     cached = ["/".join(path.name.split("--")[1:]) for path in Path(HF_HUB_CACHE).glob("models--*")]
-    hint = did_you_mean(name, [*DEFAULT_MODELS, *cached]) or f"; known by name: {', '.join(DEFAULT_MODELS)}."
+    shapes = {shape.lower(): shape for shape in known_models()}
+    if shape := shapes.get(name.lower()):
+        return f"'{shape}' names a shape without weights (`pagoda models`): give the hub id, org/{shape}, or a path"
+    hint = did_you_mean(name, [*DEFAULT_MODELS, *cached, *shapes.values()])
+    hint = hint or f"; known by name: {', '.join(DEFAULT_MODELS)}."
     return f"unknown model '{name}'{hint} Give a name, a path, or a hub id such as org/name"
 
 

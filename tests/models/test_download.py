@@ -240,6 +240,9 @@ def test_a_run_folder_stands_for_its_latest_checkpoint(tmp_path):
     [
         ("tiny-modle", "unknown model 'tiny-modle'; did you mean 'tiny-model'"),
         ("xyzzy", "unknown model 'xyzzy'; known by name: "),
+        ("pythia-14n", "unknown model 'pythia-14n'; did you mean 'pythia-14m'"),
+        ("pythia-14M", "'pythia-14m' names a shape without weights .*: give the hub id"),
+        ("", "name is empty"),
         ("./nowhere", "no such file or directory"),
         ("nowhere/model.gguf", "no such file or directory"),
         ("model.gguf", "no such file or directory"),

@@ -12,9 +12,17 @@ import transformers
 from safetensors import safe_open
 from tiny import VARIATIONS
 
+from pagoda.common import PagodaError
 from pagoda.models.batch import Batch
 from pagoda.models.loader import load, save
-from pagoda.models.registry import count_parameters, families, from_hf_config, known_models, read_config
+from pagoda.models.registry import (
+    count_parameters,
+    families,
+    from_hf_config,
+    known_config,
+    known_models,
+    read_config,
+)
 
 TOLERANCE = dict(atol=1e-4, rtol=0)
 # What ALiBi and the scalings by length make of a text depends on its length: these go beyond the original context.
@@ -426,3 +434,12 @@ def test_text_part_of_a_multimodal_gemma3(prefix, tmp_path):
     assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == "gemma3_text"
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
     torch.testing.assert_close(ours(ids), tiny.hf_logits(back, ids), **TOLERANCE)
+
+
+def test_a_model_is_built_from_its_name():
+    with torch.device("meta"):
+        assert from_hf_config(known_config("EleutherAI/Pythia-14M")).n_params() == count_parameters(
+            known_config("pythia-14m")
+        )
+    with pytest.raises(PagodaError, match="did you mean 'pythia-14m'"):
+        known_config("pythia-14n")
