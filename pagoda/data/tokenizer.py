@@ -34,7 +34,7 @@ class Tokenizer:
     special: the texts of `bos_token`, `eos_token`, `unk_token`, `pad_token`, those that exist.
     eos_ids: every id that ends a generation.
     chat_template: the Jinja source, or None.
-    config: the `tokenizer_config.json` to save.
+    config, generation: the `tokenizer_config.json` and the `generation_config.json` to save.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         chat_template: str | None = None,
         config: dict[str, Any] | None = None,
+        generation: dict[str, Any] | None = None,
     ):
         # Lengths are the caller's business; files that were saved while training tend to carry a limit.
         backend.no_truncation()
@@ -56,7 +57,7 @@ class Tokenizer:
         own = [self.eos_id] if self.eos_id is not None else []
         self.eos_ids = list(dict.fromkeys([*eos_ids, *own]))
         self.chat_template = chat_template
-        self.config = config or {}
+        self.config, self.generation = config or {}, generation or {}
 
     @property
     def vocab_size(self) -> int:
@@ -124,7 +125,8 @@ class Tokenizer:
         return render(self.chat_template, messages, **named)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` (chat template included) into a directory."""
+        """Write `tokenizer.json`, `tokenizer_config.json` (chat template included) and `generation_config.json` (which
+        names the tokens that end an answer) into a directory."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
@@ -134,8 +136,11 @@ class Tokenizer:
             config.pop(key, None)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_ids, "pad_token_id": self.pad_id}
+        generation = {name: id for name, id in ids.items() if id not in (None, [])} | self.generation
+        for name, content in (("tokenizer_config.json", config), ("generation_config.json", generation)):
+            text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 class TokenStream:
@@ -213,11 +218,12 @@ def _from_directory(folder: Path) -> Tokenizer:
         [AddedToken(token["content"], **{key: token.get(key, False) for key in fields}) for token in new]
     )
 
-    eos_ids = _read_json(folder / "generation_config.json").get("eos_token_id")
+    generation = _read_json(folder / "generation_config.json")
+    eos_ids = generation.get("eos_token_id")
     if eos_ids is None:
         eos_ids = _read_json(folder / "config.json").get("eos_token_id")
     eos_ids = [eos_ids] if isinstance(eos_ids, int) else eos_ids or []
-    return Tokenizer(backend, special, eos_ids, _directory_template(folder, config), config)
+    return Tokenizer(backend, special, eos_ids, _directory_template(folder, config), config, generation)
 
 
 def _directory_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -359,6 +359,7 @@ def test_saved_tokenizers_open_in_transformers_and_here(tmp_path, byte_level, se
     assert_equal_to_transformers(again, theirs)
     assert again.chat_template == theirs.chat_template == "t😀"
     assert again.special == tokenizer.special
+    assert again.eos_ids == tokenizer.eos_ids
 
 
 # Streaming ------------------------------------------------------------------------------------------------------------
