@@ -76,6 +76,10 @@ class Config:
     hf: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "intermediate_size", "block_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise PagodaError(f"{name} must be a whole number above 0, not {size!r}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.rotary_dim = self.rotary_dim or self.head_size

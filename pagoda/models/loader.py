@@ -6,12 +6,15 @@ converted is copied and its pages are given back, so that memory peaks at the we
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copymode
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,8 +29,9 @@ from pagoda.ops.formats import GGUF_BLOCK, PackedWeight, pack, pack_gguf
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-# Buffers that old checkpoints carry and nobody reads.
 QUANTIZE = ("int8", "int4", "nf4", "own", "bf16", "float32")
+TRIM_EVERY = 2**24  # converted numbers
+# Buffers that old checkpoints carry and nobody reads.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
@@ -82,9 +86,11 @@ class SafetensorsDirectory:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(file, "pt"):  # the library checks the header against the file's size
+            with open(file, "rb"), safe_open(file, "pt"):  # the library checks the header against the file's size
                 pass
-        except (SafetensorError, OSError) as e:
+        except OSError as e:
+            raise PagodaError(f"cannot read {file}: {e.strerror or e}") from None
+        except SafetensorError as e:
             raise PagodaError(f"{file}: not a readable safetensors file ({e}); download or copy it again") from None
         with open(file, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
@@ -158,13 +164,24 @@ def release_pages(mapping: mmap.mmap, start: int, end: int) -> None:
         mapping.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system: glibc keeps the holes that conversions leave between the weights."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PagodaError(f"{path.parent}: no {path.name} there; a model directory needs one") from None
+    except OSError as e:
+        raise PagodaError(f"cannot read {path}: {e.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise PagodaError(f"{path}: not valid JSON ({e}); download or copy it again") from None
+    if not isinstance(data, dict):
+        raise PagodaError(f"{path}: not a JSON object; download or copy it again")
+    return data
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -241,6 +258,7 @@ def fill(
     sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
     wanted = {name for parts in sources.values() for name in flatten(parts)}
     check_complete(model, path, wanted, names)
+    converted = 0
     for param, parts in sources.items():
         module, leaf = model.get_submodule(param.rpartition(".")[0]), param.rpartition(".")[2]
         shape = getattr(module, leaf).shape
@@ -270,6 +288,11 @@ def fill(
         set_weight(module, leaf, weight)
         for name in flatten(parts):
             checkpoint.release(name)
+        converted += n_elements(weight)
+        if converted > TRIM_EVERY:
+            trim_heap()
+            converted = 0
+    trim_heap()
 
 
 def pack_format(model: GPT, param: str, quantize: str | None) -> str | None:
@@ -381,19 +404,27 @@ def save(
     `beside` writes what else belongs there, such as a tokenizer's files, given the directory. The directory appears
     complete or not at all; one that exists and is not empty is refused.
     """
+    from safetensors import SafetensorError
+
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise PagodaError(f"{path} exists already: remove it or choose another place")
-    with replacing(path) as temporary:
-        temporary.mkdir()
-        write_weights(model, temporary, dtype or model.dtype, max_shard_bytes)
-        hf = {**model.config.hf, "vocab_size": model.config.vocab_size}
-        hf.pop("torch_dtype", None)
-        hf["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
-        hf.setdefault("architectures", [model.architectures[0]])
-        (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-        if beside is not None:
-            beside(temporary)
+    hf = {**model.config.hf, "vocab_size": model.config.vocab_size}
+    hf.pop("torch_dtype", None)
+    hf["dtype"] = str(dtype or model.dtype).removeprefix("torch.")
+    hf.setdefault("architectures", [model.architectures[0]])
+    try:
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            write_weights(model, temporary, dtype or model.dtype, max_shard_bytes)
+            config = temporary / "config.json"
+            config.write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+            for file in temporary.glob("*.safetensors"):
+                copymode(config, file)  # safetensors writes files that nobody else may read
+            if beside is not None:
+                beside(temporary)
+    except (OSError, SafetensorError) as e:
+        raise PagodaError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def write_weights(model: GPT, path: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:

@@ -61,8 +61,9 @@ def read_config(hf: dict[str, Any], where: str = "config.json") -> tuple[type[GP
         Rope(config.rope, config.rotary_dim, config.block_size)
     except KeyError as e:
         raise PagodaError(f"{where}: {e} is missing; a {family.__name__} model needs it") from None
-    except PagodaError as e:
-        raise PagodaError(f"{where}: {e}") from None
+    except (PagodaError, TypeError, ValueError, ArithmeticError, AttributeError) as e:  # of values of the wrong kind
+        what = "" if isinstance(e, PagodaError) else "a value of the configuration makes no sense: "
+        raise PagodaError(f"{where}: {what}{e}") from None
     config.hf = config.hf or hf
     return family, config
 

@@ -64,6 +64,20 @@ def test_broken_config(directory):
     refused(directory, "config.json", "not valid JSON")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", "48"), ("vocab_size", None), ("num_hidden_layers", -1), ("rope_parameters", "x")],
+)
+def test_config_values_of_the_wrong_kind(directory, key, value):
+    change_config(directory, **{key: value})
+    refused(directory, str(directory), repr(value) if key != "rope_parameters" else "makes no sense")
+
+
+def test_config_that_is_no_object(directory):
+    (directory / "config.json").write_text("[]")
+    refused(directory, "config.json: not a JSON object")
+
+
 def test_config_without_a_size(directory):
     config = json.loads((directory / "config.json").read_text())
     del config["hidden_size"]
@@ -176,9 +190,19 @@ def test_an_interrupted_save_leaves_nothing(directory, tmp_path, monkeypatch):
 
     model = load(directory)
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PagodaError, match="disk full"):
         save(model, tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model"]
+
+
+def test_an_unwritable_target_is_said_so_and_readable_files_are_left(directory, tmp_path):
+    model = load(directory)
+    (tmp_path / "file").touch()
+    with pytest.raises(PagodaError, match=r"cannot write .*: (File exists|Not a directory)"):
+        save(model, tmp_path / "file" / "model")
+    save(model, tmp_path / "new")
+    modes = {f.stat().st_mode for f in (tmp_path / "new").iterdir()}
+    assert len(modes) == 1  # safetensors alone would write files for their owner only
 
 
 def test_an_empty_directory_may_be_saved_into(directory, tmp_path):
