@@ -50,7 +50,7 @@ class PackedWeight(nn.Module):
     group_size: elements of a row that share a scale, 0 for the whole row.
     dtype: what `embedding` returns, the dtype of the matrix that was packed; `.to(dtype)` changes it and nothing else.
     exact: multiply unrounded float32 activations on the CPU. Without it the integer formats round activations to int8
-    (per row and block of 32), and bf16 weights round them to bf16 where the CPU has AVX512_BF16.
+    (per row and block of 32; with the bits of a GGUF file an eighth of the blocks to twice as many), and bf16 weights round them to bf16 where the CPU has AVX512_BF16.
     """
 
     def __init__(self, format: str, shape: tuple[int, int], group_size: int, dtype: torch.dtype, **tensors: Tensor):
@@ -133,7 +133,8 @@ class PackedWeight(nn.Module):
             tensors = [self.quants, self.scales, self.minimums, self.codes, self.absmax, self.mean]
             pointers = [0 if t is None else t.data_ptr() for t in tensors]
             zero_point = 8 if _KIND[self.format] == 3 and self.minimums is None else 0
-            words = [_KIND[self.format], *self.shape, self.exact, self.group_size // BLOCK, zero_point, *pointers]
+            fine = self.format in GGUF_BLOCK
+            words = [_KIND[self.format], *self.shape, self.exact, fine, self.group_size // BLOCK, zero_point, *pointers]
             self._words = torch.tensor(words, dtype=torch.int64)
             readable = all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors)
             self._view = (self._words.data_ptr() if readable else 0, *self.shape)

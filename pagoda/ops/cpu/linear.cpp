@@ -5,7 +5,8 @@
 // the rows beside it nor on the threads, which divide the outputs and never the sum.
 //
 // What is computed. BITS4 and BITS8: activations are rounded per block of 32 to int8 (scale = absmax / 127), products
-// are exact integers inside a block, blocks add up in float32. BF16 where the CPU has AVX512_BF16: activations are
+// are exact integers inside a block, blocks add up in float32. With Weight::fine the eighth of a row's blocks with the
+// largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 where the CPU has AVX512_BF16: activations are
 // rounded to bf16 and multiplied in pairs. All else, and Weight::exact: float32 activations times the dequantized
 // weight, k by k.
 //
@@ -30,6 +31,7 @@ struct Weight {
   Kind kind;
   int64_t n_out, n_in;
   int64_t exact;        // multiply unrounded activations
+  int64_t fine;         // BITS4, BITS8 with groups: round the blocks that err most twice
   int64_t group;        // BITS4, BITS8: blocks of 32 k that share a scale, 0: one float32 scale per row
   int64_t zero_point;   // BITS4: the quant that means zero, 8 or 0
   const uint8_t* quants;
@@ -77,14 +79,59 @@ struct Int8Rows {    // of every block of 32:
   }
 };
 
+struct Residual {  // what the rounding of a block left, rounded in turn; the fields are those of Int8Rows
+  int32_t quads[8];
+  float scale, sum;
+  int32_t offset4, offset8;
+  int64_t block;
+};
+int64_t count_residuals(int64_t n_blocks) { return std::max<int64_t>(1, n_blocks / 8); }
+
 struct Activations {
   Int8Rows int8;
+  Residual* residuals;  // (rows, count_residuals)
   float* f32;
   bf16* pairs;
 };
 
+// 32 values as int8, and their sum: value = quant * scale, or nearly so.
+INLINE float quantize_block(const float* values, float inverse, int8_t* quants) {
+  vf total = zero();
+  for (int i = 0; i < 32; i += W) {
+    vf q = nearest(mul(load(values + i), set1(inverse)));
+    total = add(total, q);
+    store(quants + i, q);
+  }
+  return reduce_add(total);
+}
+
+// The residuals of row r of a group of R rows, x, which has been rounded to `row`; in the order of its blocks.
+template <class T>
+void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& row, int r, int R, Residual* out) {
+  const int64_t n = count_residuals(n_blocks);
+  thread_local std::vector<int64_t> order;
+  order.resize(n_blocks);
+  for (int64_t b = 0; b < n_blocks; b++) order[b] = b;
+  auto size = [&](int64_t b) { return row.scales[b * R + r] < INFINITY ? row.scales[b * R + r] : 0.0f; };  // 0: NaN
+  auto larger = [&](int64_t a, int64_t b) { return size(a) > size(b) || (size(a) == size(b) && a < b); };
+  std::nth_element(order.begin(), order.begin() + n - 1, order.end(), larger);
+  std::sort(order.begin(), order.begin() + n);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t b = order[i], inside = std::min<int64_t>(32, n_in - b * 32);
+    const float scale = size(b) > 1e-32f ? size(b) : 0;
+    float left[32] = {};  // at most scale / 2
+    int8_t quants[32];
+    for (int q = 0; q < 8; q++) memcpy(quants + 4 * q, &row.quads[(b * 8 + q) * R + r], 4);
+    for (int64_t k = 0; scale > 0 && k < inside; k++) left[k] = to_float(x[b * 32 + k]) - quants[k] * scale;
+    Residual& e = out[i];
+    float sum = quantize_block(left, scale > 0 ? 250 / scale : 0, (int8_t*)e.quads);
+    e.scale = scale / 250, e.sum = e.scale * sum, e.block = b;
+    e.offset4 = -8 * int32_t(sum), e.offset8 = -SIGNED_BIAS * int32_t(sum);
+  }
+}
+
 // A block with a value that is not finite becomes NaN; one whose values are all below 1e-30 becomes 0.
-void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows out) {
+void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows out, Residual* residuals) {
   constexpr int N = 32 / W;
   const int R = rows.count(group);
   const int64_t first = rows.first(group);
@@ -119,6 +166,8 @@ void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows o
         out.offset4[b * R + r] = -8 * int32_t(sum);
         out.offset8[b * R + r] = -SIGNED_BIAS * int32_t(sum);
       }
+      if (residuals)
+        find_residuals(x, rows.n_in, n_blocks, out, r, R, residuals + (first + r) * count_residuals(n_blocks));
     }
   });
 }
@@ -142,8 +191,24 @@ template <class T> void spread_rows(const Rows& rows, int64_t group, int64_t n, 
 
 enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
-// sums (R, 16) of one tile. Its block of 32 k is 4 vectors at 4 bits (vector j: k = 4j..4j+3 in the low nibbles of a
-// lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits.
+// dot (R) += the products of one block of a part of a tile with R rows. Its 32 k are 4 vectors at 4 bits (vector j:
+// k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits.
+template <int BITS, int R> INLINE void dot_block(const uint8_t* q, const int32_t* quads, vi* dot) {
+  if (BITS == 8) {
+    UNROLL for (int j = 0; j < 8; j++) {
+      vi v = signed_operand(load_bits(q + 64 * j));
+      UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
+    }
+  } else {
+    UNROLL for (int j = 0; j < 4; j++) {
+      vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
+      UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
+      UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
+    }
+  }
+}
+
+// sums (R, 16) of one tile.
 template <int BITS, Scales SCALES, int R>
 void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums) {
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
@@ -159,18 +224,7 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums)
       const int32_t* quads = x.quads + b * 8 * R;
       vi dot[R];
       UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
-      if (BITS == 8) {
-        UNROLL for (int j = 0; j < 8; j++) {
-          vi v = signed_operand(load_bits(q + 64 * j));
-          UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
-        }
-      } else {
-        UNROLL for (int j = 0; j < 4; j++) {
-          vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
-          UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
-          UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
-        }
-      }
+      dot_block<BITS, R>(q, quads, dot);
       if (SCALES == PER_ROW) {
         UNROLL for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), set1(x.scales[b * R + r]), acc[r]);
         continue;
@@ -187,6 +241,22 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums)
       if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE + part * W));
       store(sums + r * TILE + part * W, acc[r]);
     }
+  }
+}
+
+// Adds the products of a row's residuals with a tile to its sums (16).
+template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Residual* residuals, int64_t n, float* sums) {
+  for (int part = 0; part < PARTS; part++) {
+    const uint8_t* q = w.quants + tile * w.units(32) * 64 * BITS + part * W * 4;
+    vf acc = load(sums + part * W);
+    for (const Residual* x = residuals; x < residuals + n; x++) {
+      const int64_t at = (tile * w.groups() + x->block / w.group) * TILE + part * W;
+      vi dot = set1_bits(BITS == 8 ? x->offset8 : w.zero_point ? x->offset4 : 0);
+      dot_block<BITS, 1>(q + x->block * 64 * BITS, x->quads, &dot);
+      acc = fma(from_int(dot), mul(load((const f16*)w.scales + at), set1(x->scale)), acc);
+      if (w.minimums) acc = fma(load(w.minimums + at), set1(x->sum), acc);
+    }
+    store(sums + part * W, acc);
   }
 }
 
@@ -403,6 +473,8 @@ void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile,
 void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
+  const int64_t n_residuals = count_residuals(n_blocks);
+  const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[MAX_ROWS * TILE];
   for (int64_t from = share.begin; from < share.end; from += chunk)
     for (int64_t group = share.first; group < share.last; group++) {
@@ -412,6 +484,9 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
       Int8Rows x = task.x.int8.at(row * n_blocks);
       for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
         multiply(w, tile, x, sums);
+        if (w.fine)
+          for (int r = 0; r < R; r++)
+            refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);
         write(p, task.rows, row, R, tile, sums);
       }
     }
@@ -495,13 +570,17 @@ void run_share(const Product& p, const Task& task, const Share& share) {
 }
 
 // Room for the activations in the forms wanted: one block of memory, kept by the calling thread.
-Activations allocate(int64_t rows, int64_t n_blocks, int64_t row_length, const bool* wanted) {
+Activations allocate(int64_t rows, int64_t n_blocks, int64_t row_length, const bool* wanted, bool fine) {
   thread_local std::vector<float> memory;
+  thread_local std::vector<Residual> residuals;
+  if (fine && int64_t(residuals.size()) < rows * count_residuals(n_blocks))
+    residuals.resize(rows * count_residuals(n_blocks));
   int64_t blocks = wanted[INT8_ROWS] ? rows * n_blocks : 0, floats = wanted[FLOAT32_ROWS] ? rows * row_length : 0;
   int64_t pairs = wanted[PAIR_ROWS] ? rows * row_length / 2 : 0, size = blocks * 12 + floats + pairs;
   float* p = room(memory, size);
   auto words = (int32_t*)p;
   return {{words, p + blocks * 8, p + blocks * 9, words + blocks * 10, words + blocks * 11},
+          fine ? residuals.data() : nullptr,
           p + blocks * 12,
           (bf16*)(p + blocks * 12 + floats)};
 }
@@ -510,16 +589,17 @@ void multiply(const Product* products, int64_t n_products, const Rows& rows) {
   if (rows.n == 0) return;
   const Weight& w = *products[0].weight;  // all have the same n_in
   Task task{rows, {}, w.units(64) * 64};
-  bool wanted[3] = {};
+  bool wanted[3] = {}, fine = false;
   int64_t tiles = 0;
   for (int64_t i = 0; i < n_products; i++) {
     wanted[form_of(*products[i].weight)] = true;
+    fine |= products[i].weight->fine != 0;
     tiles += products[i].weight->tiles();
   }
-  task.x = allocate(rows.n, w.units(32), task.row_length, wanted);
+  task.x = allocate(rows.n, w.units(32), task.row_length, wanted, fine);
   auto prepare = [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; group++) {
-      if (wanted[INT8_ROWS]) quantize_rows(rows, group, w.units(32), task.x.int8);
+      if (wanted[INT8_ROWS]) quantize_rows(rows, group, w.units(32), task.x.int8, task.x.residuals);
       if (wanted[FLOAT32_ROWS]) spread_rows(rows, group, task.row_length, task.x.f32);
       if (wanted[PAIR_ROWS]) spread_rows(rows, group, task.row_length, task.x.pairs);
     }
