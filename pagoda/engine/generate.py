@@ -70,6 +70,8 @@ class Generator:
     def __init__(
         self, model: GPT, prompts: list[list[int]], options: list[Sampling], kv_dtype: torch.dtype | None = None
     ):
+        if not prompts:
+            raise PagodaError("no prompt: give at least one")
         self.model, self.device = model, model.device
         context, vocab_size = model.config.block_size, model.config.vocab_size
         for p in prompts:
@@ -80,8 +82,8 @@ class Generator:
                     f"the prompt has {len(p)} tokens and the model's context is {context}: "
                     f"shorten it to {context - 1} or less"
                 )
-            if max(p) >= vocab_size:
-                raise PagodaError(f"token {max(p)} is outside the model's vocabulary of {vocab_size}")
+            if bad := [t for t in p if not 0 <= t < vocab_size]:
+                raise PagodaError(f"token {bad[0]} is outside the model's vocabulary of {vocab_size}")
         self.running = {
             i: Sequence(p, Sampler(o, p, vocab_size), min(o.max_new_tokens, context - len(p)))
             for i, (p, o) in enumerate(zip(prompts, options))

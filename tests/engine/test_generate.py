@@ -80,11 +80,18 @@ def test_stopped_sequences_leave_the_batch(model):
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "empty"), ([1] * 200, "200 tokens and the model's context is 200"), ([97], "vocabulary")],
+    [
+        ([], "empty"),
+        ([1] * 200, "200 tokens and the model's context is 200"),
+        ([97], "token 97 .*vocabulary"),
+        ([3, -1], "token -1 "),
+    ],
 )
 def test_impossible_prompts_are_refused(model, prompt, message):
     with pytest.raises(PagodaError, match=message):
         Generator(model, [prompt], [GREEDY])
+    with pytest.raises(PagodaError, match="no prompt"):
+        Generator(model, [], [])
 
 
 def test_an_interrupted_prefill_has_a_summary():
