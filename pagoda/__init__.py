@@ -1,8 +1,8 @@
 """Pagoda: own a large language model. Pretrain it, finetune it, shrink it, measure it and serve it, from one codebase.
 
-    from pagoda import LLM
-    llm = LLM.load("smollm2-135m-instruct")
-    print(llm.chat([{"role": "user", "content": "What is a pagoda?"}]).text)
+from pagoda import LLM
+llm = LLM.load("smollm2-135m-instruct")
+print(llm.chat([{"role": "user", "content": "What is a pagoda?"}]).text)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -94,13 +94,27 @@ struct Activations {
   bf16* pairs;
 };
 
-// 32 values as int8, and their sum: value = quant * scale, or nearly so.
-INLINE float quantize_block(const float* values, float inverse, int8_t* quants) {
+constexpr int N_VECTORS = 32 / W;  // of a block
+
+// Block b of a row of n_in elements, with zeros behind its end.
+template <class T> INLINE void load_block(const T* x, int64_t b, int64_t n_in, vf* v) {
+  const int64_t inside = n_in - b * 32;
+  if (inside >= 32) {
+    UNROLL for (int i = 0; i < N_VECTORS; i++) v[i] = load(x + b * 32 + i * W);
+    return;
+  }
+  float padded[32] = {};
+  for (int64_t k = 0; k < inside; k++) padded[k] = to_float(x[b * 32 + k]);
+  UNROLL for (int i = 0; i < N_VECTORS; i++) v[i] = load(padded + i * W);
+}
+
+// The block times `inverse` as int8, and the sum of these: NaN if a value is infinite or not a number.
+INLINE float quantize_block(const vf* v, float inverse, int8_t* quants) {
   vf total = zero();
-  for (int i = 0; i < 32; i += W) {
-    vf q = nearest(mul(load(values + i), set1(inverse)));
+  UNROLL for (int i = 0; i < N_VECTORS; i++) {
+    vf q = nearest(mul(v[i], set1(inverse)));
     total = add(total, q);
-    store(quants + i, q);
+    store(quants + i * W, q);
   }
   return reduce_add(total);
 }
@@ -109,30 +123,36 @@ INLINE float quantize_block(const float* values, float inverse, int8_t* quants) 
 template <class T>
 void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& row, int r, int R, Residual* out) {
   const int64_t n = count_residuals(n_blocks);
-  thread_local std::vector<int64_t> order;
-  order.resize(n_blocks);
-  for (int64_t b = 0; b < n_blocks; b++) order[b] = b;
-  auto size = [&](int64_t b) { return row.scales[b * R + r] < INFINITY ? row.scales[b * R + r] : 0.0f; };  // 0: NaN
-  auto larger = [&](int64_t a, int64_t b) { return size(a) > size(b) || (size(a) == size(b) && a < b); };
-  std::nth_element(order.begin(), order.begin() + n - 1, order.end(), larger);
-  std::sort(order.begin(), order.begin() + n);
+  thread_local std::vector<float> left;  // the scales that have not been chosen; NaN never is
+  left.resize(n_blocks);
+  for (int64_t b = 0; b < n_blocks; b++) left[b] = row.scales[b * R + r];
   for (int64_t i = 0; i < n; i++) {
-    const int64_t b = order[i], inside = std::min<int64_t>(32, n_in - b * 32);
-    const float scale = size(b) > 1e-32f ? size(b) : 0;
-    float left[32] = {};  // at most scale / 2
+    int64_t largest = 0;
+    float top = -1;
+    for (int64_t b = 0; b < n_blocks; b++)
+      if (left[b] > top) top = left[b], largest = b;
+    left[largest] = -2;
+    out[i].block = largest;
+  }
+  std::sort(out, out + n, [](const Residual& a, const Residual& b) { return a.block < b.block; });
+  for (Residual* e = out; e < out + n; e++) {
+    const int64_t b = e->block;
+    float scale = row.scales[b * R + r];
+    if (!(scale > 1e-32f)) scale = 0;
     int8_t quants[32];
     for (int q = 0; q < 8; q++) memcpy(quants + 4 * q, &row.quads[(b * 8 + q) * R + r], 4);
-    for (int64_t k = 0; scale > 0 && k < inside; k++) left[k] = to_float(x[b * 32 + k]) - quants[k] * scale;
-    Residual& e = out[i];
-    float sum = quantize_block(left, scale > 0 ? 250 / scale : 0, (int8_t*)e.quads);
-    e.scale = scale / 250, e.sum = e.scale * sum, e.block = b;
-    e.offset4 = -8 * int32_t(sum), e.offset8 = -SIGNED_BIAS * int32_t(sum);
+    vf v[N_VECTORS];
+    load_block(x, b, n_in, v);
+    UNROLL for (int i = 0; i < N_VECTORS; i++)  // what is left is at most scale / 2
+      v[i] = scale > 0 ? fma(load(quants + i * W), set1(-scale), v[i]) : zero();
+    const float sum = quantize_block(v, scale > 0 ? 250 / scale : 0, (int8_t*)e->quads);
+    e->scale = scale / 250, e->sum = e->scale * sum;
+    e->offset4 = -8 * int32_t(sum), e->offset8 = -SIGNED_BIAS * int32_t(sum);
   }
 }
 
 // A block with a value that is not finite becomes NaN; one whose values are all below 1e-30 becomes 0.
 void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows out, Residual* residuals) {
-  constexpr int N = 32 / W;
   const int R = rows.count(group);
   const int64_t first = rows.first(group);
   out = out.at(first * n_blocks);
@@ -140,31 +160,18 @@ void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows o
     for (int r = 0; r < R; r++) {
       auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
       for (int64_t b = 0; b < n_blocks; b++) {
-        vf v[N];
-        int inside = int(std::min<int64_t>(32, rows.n_in - b * 32));
-        if (inside == 32) {
-          UNROLL for (int i = 0; i < N; i++) v[i] = load(x + b * 32 + i * W);
-        } else {
-          float padded[32] = {};
-          for (int i = 0; i < inside; i++) padded[i] = to_float(x[b * 32 + i]);
-          for (int i = 0; i < N; i++) v[i] = load(padded + i * W);
-        }
-        vf top = zero(), zeros = zero(), total = zero();
-        UNROLL for (int i = 0; i < N; i++) top = max(absolute(v[i]), top), zeros = fma(v[i], zero(), zeros);
-        bool finite = reduce_add(zeros) == 0;  // infinity and NaN times 0 are NaN
-        float absmax = reduce_max(top), inverse = finite && absmax > 1e-30f ? 127 / absmax : 0;
-        int8_t quants[32] = {};
-        if (finite) UNROLL for (int i = 0; i < N; i++) {
-          vf q = nearest(mul(v[i], set1(inverse)));
-          total = add(total, q);
-          store(quants + i * W, q);
-        }
-        float scale = finite ? absmax / 127 : NAN, sum = reduce_add(total);
+        vf v[N_VECTORS], top = zero();
+        load_block(x, b, rows.n_in, v);
+        UNROLL for (int i = 0; i < N_VECTORS; i++) top = max(absolute(v[i]), top);
+        const float absmax = reduce_max(top);
+        int8_t quants[32];
+        float sum = quantize_block(v, absmax > 1e-30f ? 127 / absmax : 0, quants);
+        const bool finite = sum == sum;
         for (int j = 0; j < 8; j++) memcpy(&out.quads[(b * 8 + j) * R + r], quants + 4 * j, 4);
-        out.scales[b * R + r] = scale;
-        out.sums[b * R + r] = scale * sum;
-        out.offset4[b * R + r] = -8 * int32_t(sum);
-        out.offset8[b * R + r] = -SIGNED_BIAS * int32_t(sum);
+        out.scales[b * R + r] = finite ? absmax / 127 : NAN;
+        out.sums[b * R + r] = out.scales[b * R + r] * sum;
+        out.offset4[b * R + r] = finite ? -8 * int32_t(sum) : 0;
+        out.offset8[b * R + r] = finite ? -SIGNED_BIAS * int32_t(sum) : 0;
       }
       if (residuals)
         find_residuals(x, rows.n_in, n_blocks, out, r, R, residuals + (first + r) * count_residuals(n_blocks));

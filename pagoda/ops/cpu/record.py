@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagoda.ops import cpu
 
-_ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+_ALLOCATIONS = {
+    getattr(torch.ops.aten, name).default for name in ("empty_like", "new_empty", "empty_strided", "new_empty_strided")
+} | {torch.ops.aten.empty.memory_format}
 
 
 class Recording:
@@ -73,7 +76,7 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
         self.recording.kept += made
-        if func._schema.name.removeprefix("aten::") not in _ALLOCATIONS:
+        if func not in _ALLOCATIONS and not func.is_view:
             given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
             views = made and all(t.untyped_storage().data_ptr() in given for t in made)
             self.recording.complete &= bool(views) and not func._schema.is_mutable
