@@ -50,7 +50,8 @@ class PackedWeight(nn.Module):
     group_size: elements of a row that share a scale, 0 for the whole row.
     dtype: what `embedding` returns, the dtype of the matrix that was packed; `.to(dtype)` changes it and nothing else.
     exact: multiply unrounded float32 activations on the CPU. Without it the integer formats round activations to int8
-    (per row and block of 32; with the bits of a GGUF file an eighth of the blocks to twice as many), and bf16 weights round them to bf16 where the CPU has AVX512_BF16.
+    (per row and block of 32; with the bits of a GGUF file an eighth of the blocks to twice as many), and bf16 weights
+    round them to bf16 where the CPU has AVX512_BF16.
     """
 
     def __init__(self, format: str, shape: tuple[int, int], group_size: int, dtype: torch.dtype, **tensors: Tensor):
