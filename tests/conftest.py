@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -9,3 +10,9 @@ def default_model():
     from pagoda.models.download import download
 
     return download("smollm2-135m-instruct")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same random numbers in every run."""
+    torch.manual_seed(0)
