@@ -32,7 +32,7 @@ def rounded(x, fine=False):
     return values.flatten(1)[:, : x.shape[1]]
 
 
-def assert_product(y, x, packed, plus=0.0, steps=None):
+def assert_product(y, x, packed, plus=0.0, steps=None, slack=1e-30):
     """y = x w^T + plus, as closely as float32 sums of `steps` terms (every k, by default) permit.
 
     A sum of n terms in float32 differs by at most n * 2^-24 * the sum of their sizes; the terms' own roundings (scale
@@ -44,7 +44,7 @@ def assert_product(y, x, packed, plus=0.0, steps=None):
         scale = packed._spread(packed.scales).flatten(0, 1)[: w.shape[0], : w.shape[1]].double()
         sizes = sizes + 2 * x.abs() @ (15 * scale).T
     error = (y.double() - (x @ w.T + plus)).abs()
-    assert (error <= ((steps or x.shape[1]) + 8) * EPS * sizes + 1e-30).all(), (error / sizes).max() / EPS
+    assert (error <= ((steps or x.shape[1]) + 8) * EPS * sizes + slack).all(), (error / sizes).max() / EPS
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -63,8 +63,11 @@ def test_integer_product_is_that_of_the_rounded_activations(kernels, format, sha
     packed = pack(torch.randn(shape), format)
     for rows in ROWS:
         x = torch.randn(rows, shape[1])
+        fine = format in GGUF_BLOCK
         steps = 2 * (-(-shape[1] // 32)) + 40
-        assert_product(linear(x, packed), rounded(x, format in GGUF_BLOCK), packed, steps=steps)
+        # What is left of a fine block may stand so near a half that it rounds the other way: here for two of a row.
+        step = 2 * float(x.abs().max() / 127 / 250 * packed.dequantize().abs().max()) if fine else 1e-30
+        assert_product(linear(x, packed), rounded(x, fine), packed, steps=steps, slack=step)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
