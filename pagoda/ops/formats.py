@@ -19,6 +19,8 @@ Rows are padded to a multiple of 16 and k to the format's unit; padding is cut o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -177,7 +179,7 @@ def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = Fa
         return _pack_nf4(weight)
     group = {"int8": 0, "int4": group_size}.get(format, BLOCK)
     symmetric = symmetric if format == "int4" else format == "q4_0"
-    parts = [_quantize(part, format, group, symmetric) for part in weight.split(CHUNK * TILE)]
+    parts = (_quantize(part, format, group, symmetric) for part in weight.split(CHUNK * TILE))
     return _assemble(format, weight.shape, group, parts, weight.dtype)
 
 
@@ -214,18 +216,21 @@ def pack_gguf(
     if n_in % BLOCK or blocks.numel() != n_out * n_in // BLOCK * size:
         raise PagodaError(f"{blocks.numel()} bytes do not hold a {type} matrix of shape {tuple(shape)}")
     blocks = blocks.view(n_out, n_in // BLOCK, size)
-    parts = []
-    for first in range(0, n_out, CHUNK * TILE):
-        chunk = blocks[first : first + CHUNK * TILE] if rows is None else blocks[rows[first : first + CHUNK * TILE]]
-        n_scales = 2 if type == "q4_1" else 1
-        scales = chunk[..., : 2 * n_scales].contiguous().view(torch.float16)
-        quants = chunk[..., 2 * n_scales :]
-        if type == "q8_0":
-            quants = quants.contiguous().view(torch.int8)
-        else:
-            quants = torch.cat([quants & 15, quants >> 4], -1)
-        parts.append((quants.flatten(1), scales[..., 0], scales[..., 1] if n_scales == 2 else None))
-    return _assemble(type, shape, BLOCK, parts, dtype)
+    n_scales = 2 if type == "q4_1" else 1
+
+    def parts():
+        for first in range(0, n_out, CHUNK * TILE):
+            part = slice(first, first + CHUNK * TILE)
+            chunk = blocks[part if rows is None else rows[part]]
+            scales = chunk[..., : 2 * n_scales].contiguous().view(torch.float16)
+            quants = chunk[..., 2 * n_scales :]
+            if type == "q8_0":
+                quants = quants.contiguous().view(torch.int8)
+            else:
+                quants = torch.cat([quants & 15, quants >> 4], -1)
+            yield quants.flatten(1), scales[..., 0], scales[..., 1] if n_scales == 2 else None
+
+    return _assemble(type, shape, BLOCK, parts(), dtype)
 
 
 def _quantize(weight: Tensor, format: str, group: int, symmetric: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -257,13 +262,17 @@ def _quantize(weight: Tensor, format: str, group: int, symmetric: bool) -> tuple
     return quants.flatten(1)[:, :n_in], scales, minimums
 
 
-def _assemble(format: str, shape, group: int, parts: list, dtype: torch.dtype) -> PackedWeight:
-    """Parts of quants, scales and minimums, rows outside, as one PackedWeight."""
-    tensors = {}
-    for i, name in enumerate(("quants", "scales", "minimums")):
-        if parts[0][i] is not None:
-            form = _tile_quants if name == "quants" else _tile_scales
-            tensors[name] = torch.cat([form(part[i], format) for part in parts])
+def _assemble(format: str, shape, group: int, parts: Iterable, dtype: torch.dtype) -> PackedWeight:
+    """Parts of quants, scales and minimums, rows outside and whole tiles each, as one PackedWeight."""
+    n_tiles, first, tensors = -(-shape[0] // TILE), 0, {}
+    for quants, *scales in parts:
+        tiles = {"quants": _tile_quants(quants, format)}
+        tiles |= {name: _tile_scales(x, format) for name, x in zip(("scales", "minimums"), scales) if x is not None}
+        for name, x in tiles.items():
+            if name not in tensors:
+                tensors[name] = x.new_empty((n_tiles, *x.shape[1:]))
+            tensors[name][first : first + len(x)] = x
+        first += len(tiles["quants"])
     return PackedWeight(format, shape, group, dtype, **tensors)
 
 
