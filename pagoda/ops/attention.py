@@ -90,7 +90,9 @@ def _attend(
     """One sequence: q (n_q, n_head, head_size) are the last n_q of the n_k positions of k and v."""
     n_q, n_head, _ = q.shape
     n_k, n_kv_head, _ = k.shape
-    group = n_head // n_kv_head
+    group, dtype = n_head // n_kv_head, q.dtype
+    if cpu.emulates(q):
+        q, k, v = q.float(), k.float(), v.float()
     if window >= n_k:
         window = 0
     if n_q == 1 and window:  # one query sees exactly the window: no mask needed
@@ -98,9 +100,8 @@ def _attend(
     masked = causal and n_q > 1
     if not softcap and alibi is None and not window and n_q == n_k and n_q > 1:
         heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=group > 1)[0].transpose(
-            0, 1
-        )
+        y = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=group > 1)
+        return y[0].transpose(0, 1).to(dtype)
 
     # Scores by one batched product over key heads: the queries of a group read their keys once.
     grouped = q.view(n_q, n_kv_head, group, -1).permute(1, 2, 0, 3).reshape(n_kv_head, group * n_q, -1)
@@ -118,7 +119,7 @@ def _attend(
         scores = scores.masked_fill(hidden, float("-inf")).view(n_kv_head, group * n_q, n_k)
     weights = scores.softmax(-1).to(v.dtype)
     y = weights @ v.transpose(0, 1)  # (n_kv_head, group * n_q, head_size)
-    return y.view(n_kv_head, group, n_q, -1).permute(2, 0, 1, 3).reshape(n_q, n_head, -1)
+    return y.view(n_kv_head, group, n_q, -1).permute(2, 0, 1, 3).reshape(n_q, n_head, -1).to(dtype)
 
 
 def preferred_page_size(device: torch.device, longest: int) -> int:

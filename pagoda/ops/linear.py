@@ -20,7 +20,10 @@ def linear(
 ) -> Tensor:
     """`x @ weight.T + bias + residual`: x (..., n_in), weight (n_out, n_in), bias (n_out,), residual (..., n_out)."""
     if not isinstance(weight, PackedWeight):
-        y = F.linear(x, weight, bias)
+        if x.dim() == 2 and len(x) >= 16 and cpu.emulates(x) and not torch.is_grad_enabled():
+            y = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        else:
+            y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
     if torch.is_grad_enabled():
         y = _PackedLinear.apply(x, weight)

@@ -14,6 +14,7 @@ import ctypes
 import glob
 import importlib
 import os
+import platform
 import warnings
 
 import torch
@@ -82,6 +83,16 @@ kernels, _path = _choose()
 def kernel_path() -> str:
     """The path in use: `avx512_bf16`, `avx512`, `avx2`, `portable` or `reference`."""
     return _path
+
+
+_NO_BF16 = (
+    platform.machine() in ("x86_64", "AMD64") and not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+)
+
+
+def emulates(x: torch.Tensor) -> bool:
+    """Whether PyTorch emulates products of this type here: without AVX512_BF16 bf16 is far slower than float32."""
+    return _NO_BF16 and x.dtype == torch.bfloat16 and x.is_cpu
 
 
 def usable(x: torch.Tensor) -> bool:
