@@ -18,7 +18,9 @@ from pagoda.common import PagodaError
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?")
+_HUB_ID = re.compile(
+    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>[\w.-]+))?"
+)
 
 
 def read_rows(source: str | os.PathLike) -> Iterator[tuple[str, Row]]:
@@ -35,8 +37,8 @@ def read_rows(source: str | os.PathLike) -> Iterator[tuple[str, Row]]:
         rows = (row for file in files for row in _read_file(file, str(file.relative_to(path))))
     elif path.is_file():
         rows = _read_file(path, path.name)
-    elif (match := _HUB_ID.fullmatch(str(source))) and path.suffix.lower() not in SUFFIXES:
-        rows = _read_hub(**match.groupdict())
+    elif dataset := hub_dataset(str(source)):
+        rows = ((f"{source} row {i}", _without_none(row)) for i, row in enumerate(dataset, 1))
     else:
         raise PagodaError(f"no such file or directory: '{source}'")
     empty = True
@@ -110,20 +112,23 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         raise PagodaError(f"{path} is no Parquet file that can be read ({str(error).splitlines()[0]})") from None
 
 
-def _read_hub(repo: str, config: str | None, revision: str | None, split: str | None) -> Iterator[tuple[str, Row]]:
+def hub_dataset(source: str):
+    """The `datasets.Dataset` that a hub id (`org/name[/config][@revision][:split]`) names, None for other texts."""
+    if not (match := _HUB_ID.fullmatch(source)) or Path(source).suffix.lower() in SUFFIXES:
+        return None
+    repo, config, revision, split = match.group("repo", "config", "revision", "split")
     try:
         import datasets
     except ImportError:
         raise PagodaError("hub data sets need the datasets package: pip install 'pagoda-llm[data]'") from None
     try:
-        rows = datasets.load_dataset(repo, config, revision=revision, split=split or "train")
+        return datasets.load_dataset(repo, config, revision=revision, split=split or "train")
     except Exception as error:  # network, unknown name, unknown split, a broken file: all end here
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise PagodaError(
             f"no such path, and the hub's data set '{repo}' cannot be loaded ({reason});"
             " name it org/name[/config][@revision][:split]"
         ) from None
-    yield from ((f"{repo} row {i}", _without_none(row)) for i, row in enumerate(rows, 1))
 
 
 def _without_none(value: Any) -> Any:

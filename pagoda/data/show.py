@@ -1,0 +1,58 @@
+"""What a model would be trained on, for human eyes: examples with their trained parts marked, and the totals."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from pagoda.data.instruct import Example, InstructionRows, Instructions
+from pagoda.data.tokenizer import Tokenizer
+
+COLOUR = "\x1b[1;32m", "\x1b[0m"  # bold green
+MARKS = "[[", "]]"
+
+
+def parts(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text in pieces: (text, whether it is trained on), special tokens included."""
+    pieces, shown, end = [], "", 0
+    for trained, run in groupby(example.trained.tolist()):
+        end += len(list(run))
+        text = tokenizer.decode(example.tokens[:end].tolist(), skip_special_tokens=False)
+        pieces.append((text[len(shown) :], trained))
+        shown = text
+    return pieces
+
+
+def as_text(data: Instructions, rows: InstructionRows, tokenizer: Tokenizer, n: int, colour: bool) -> str:
+    """The first n examples with what is trained on in colour or between marks, then the totals."""
+    begin, end = COLOUR if colour else MARKS
+    blocks = []
+    for i, example in enumerate(data.examples[:n], 1):
+        text = "".join(f"{begin}{text}{end}" if trained else text for text, trained in parts(example, tokenizer))
+        blocks.append(f"--- example {i}: {len(example.tokens)} tokens, {example.trained.sum()} trained on\n{text}")
+    return "\n".join([*blocks, "---" if blocks else "", rows.summary()]).lstrip("\n")
+
+
+def as_json(data: Instructions, rows: InstructionRows, tokenizer: Tokenizer, n: int) -> dict[str, Any]:
+    """The same for programs."""
+    examples = [
+        {
+            "tokens": len(example.tokens),
+            "trained_tokens": int(example.trained.sum()),
+            "parts": [{"text": text, "trained": trained} for text, trained in parts(example, tokenizer)],
+        }
+        for example in data.examples[:n]
+    ]
+    totals = {
+        "examples": len(rows.examples),
+        "tokens": rows.n_tokens,
+        "trained_tokens": rows.n_trained,
+        "rows": rows.n_rows,
+        "seq_len": rows.seq_len,
+        "fullness": rows.fullness,
+        "truncated": rows.truncated,
+        "tokens_lost": rows.tokens_lost,
+        "dropped": rows.dropped,
+        "bad_rows": data.bad_rows,
+    }
+    return {"examples": examples, "totals": totals, "notes": data.notes()}
