@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pagoda.common import PagodaError, did_you_mean
+from pagoda.data.options import InstructionOptions
 from pagoda.engine.options import Sampling, Weights
+from pagoda.train.options import Train
 
 
 def generate(
@@ -199,6 +201,80 @@ def evaluate_perplexity(
         print(f"perplexity {result.perplexity:.4f} ({result.tokens} tokens in {result.windows} windows)")
 
 
+def pretrain(
+    train: Train,
+    data: list[str] | None = None,
+    out_dir: Path = Path("run"),
+    model_name: str = "",
+    init_from: str = "",
+    model_overrides: dict | None = None,
+    optimizer: str = "adamw",
+    seed: int = 0,
+    devices: int = 1,
+    device: str = "auto",
+    resume: str = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Train a model on text that `pagoda prepare` has turned into tokens.
+
+    Args:
+        train: how it is trained.
+        data: a folder of prepared tokens, with :WEIGHT behind it in a mixture of several (`--data A:2 --data B:1`).
+        out_dir: the folder of the run.
+        model_name: the shape to build from scratch (`pagoda models` lists them).
+        init_from: a checkpoint, a run or a known model to go on from instead.
+        model_overrides: keys of the model's config.json that shall be other than usual.
+        optimizer: adamw, adamw8bit, lion, adafactor or muon.
+        seed: of the first weights and of the order of the data.
+        devices: processes on this machine (for several machines use torchrun).
+        device: cpu, cuda, mps, or auto for the first accelerator that is there.
+        resume: auto goes on where the run has a checkpoint; no wants a new run; must wants a checkpoint.
+        dry_run: say what the run will need, and stop.
+    """
+    from pagoda.train.job import pretrain as start
+
+    if not data:
+        raise PagodaError("no data: give --data DIR, a folder that `pagoda prepare` wrote")
+    done = start(data, out_dir, train, model_name, init_from, model_overrides, optimizer, seed, device, resume, dry_run)
+    if done:
+        print(done)
+
+
+def data_show(
+    file: str,
+    instructions: InstructionOptions,
+    tokenizer: str = "smollm2-135m-instruct",
+    seq_len: int = 1024,
+    n: int = 3,
+    json: bool = False,
+) -> None:
+    """Show instruction data as a model would see it, with what is trained on in colour (or in [[...]]).
+
+    Args:
+        file: JSON, JSONL, CSV or Parquet, a folder of them, or a Hub data set (org/name[/config][@revision][:split]).
+        instructions: how rows become tokens.
+        tokenizer: the model whose tokenizer and chat template are used.
+        seq_len: tokens of a row; longer examples are cut.
+        n: how many examples to show.
+        json: print one JSON object.
+    """
+    from pagoda.data.instruct import InstructionRows, read_instructions
+    from pagoda.data.show import as_json, as_text
+    from pagoda.data.tokenizer import load_tokenizer
+    from pagoda.models.download import resolve
+
+    own = load_tokenizer(resolve(tokenizer))
+    found = read_instructions(file, own, instructions)
+    rows = InstructionRows(found.examples, seq_len, packing=instructions.packing)
+    if json:
+        print(json_module.dumps(as_json(found, rows, own, n), ensure_ascii=False))
+        return
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(as_text(found, rows, own, n, colour))
+    for line in found.notes():
+        note(line)
+
+
 def env() -> None:
     """Say what this installation runs on: versions, devices, the kernels in use."""
     import platform
@@ -224,9 +300,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "bench": bench,
     "evaluate perplexity": evaluate_perplexity,
+    "pretrain": pretrain,
+    "data show": data_show,
     "env": env,
 }
-GROUPS = {"sampling": Sampling, "weights": Weights}  # parameters whose fields are options of their own
+# Parameters whose fields are options of their own; NESTED with the parameter's name in front: --train.lr
+GROUPS = {"sampling": Sampling, "weights": Weights, "instructions": InstructionOptions}
+NESTED = {"train": Train}
 
 
 def note(text: str) -> None:
@@ -249,44 +329,61 @@ def help_text() -> str:
     )
 
 
-def run(name: str, args: list[str]) -> None:
+def run(command: str, args: list[str]) -> None:
     """Parse the arguments of a command by its signature, and call it."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    function = COMMANDS[name]
-    parser = ArgumentParser(prog=f"pagoda {name}", description=inspect.getdoc(function).split("\nArgs:")[0].strip())
+    function = COMMANDS[command]
+    parser = ArgumentParser(prog=f"pagoda {command}", description=inspect.getdoc(function).split("\nArgs:")[0].strip())
     parser.exit_on_error = False
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_function_arguments(function, as_positional=True, skip=set(GROUPS), as_group=False)
+    parser.add_function_arguments(function, as_positional=True, skip={*GROUPS, *NESTED}, as_group=False)
     parameters = inspect.signature(function).parameters
     groups = {name: options for name, options in GROUPS.items() if name in parameters}
-    for options in groups.values():
-        parser.add_class_arguments(options, as_group=False)
-    flags = {f"--{name}" for name, p in parameters.items() if p.annotation == "bool"} | {"--ignore_eos"}
+    nested = {name: options for name, options in NESTED.items() if name in parameters}
+    for group in groups.values():
+        parser.add_class_arguments(group, as_group=False)
+    for name, group in nested.items():
+        parser.add_class_arguments(group, name)
+    kinds = {f"--{name}": p.annotation for name, p in parameters.items()}
+    kinds |= {f"--{f.name}": f.type for group in groups.values() for f in dataclasses.fields(group)}
+    kinds |= {f"--{name}.{f.name}": f.type for name, group in nested.items() for f in dataclasses.fields(group)}
     try:
-        options = vars(parser.parse_args(spell_out(args, flags)))
+        options = vars(parser.parse_args(spell_out(args, kinds)))
     except ArgumentError as e:
-        raise PagodaError(f"{complaint(str(e))} (`pagoda {name} --help` lists the options)") from None
+        raise PagodaError(f"{complaint(str(e))} (`pagoda {command} --help` lists the options)") from None
     options.pop("config", None)
     for option, value in options.items():  # a file may say null for anything
         if value is None and parser.get_default(option) is not None:
-            raise PagodaError(f"{option} must not be null (`pagoda {name} --help` lists the options)")
+            raise PagodaError(f"{option} must not be null (`pagoda {command} --help` lists the options)")
     for name, group in groups.items():
         options[name] = group(**{f.name: options.pop(f.name) for f in dataclasses.fields(group)})
+    for name, group in nested.items():
+        options[name] = group(**vars(options[name]))
+    if options.get("devices", 1) > 1 and "RANK" not in os.environ:
+        from pagoda.train.parallel import launch
+
+        sys.exit(launch(options["devices"], [*command.split(), *args]))
     function(**options)
 
 
-def spell_out(args: list[str], flags: set[str]) -> list[str]:
-    """`--json` alone means `--json=true`; `--stop A --stop B` are two texts, taken as they are: `[INST]` is no list."""
+def spell_out(args: list[str], kinds: dict[str, str]) -> list[str]:
+    """`--json` alone means `--json=true`; `--stop A --stop B` are two texts, taken as they are: `[INST]` is no list.
+
+    kinds: the annotation of every option.
+    """
     spelled, rest = [], list(args)
     while rest:
         arg = rest.pop(0)
-        if arg in flags and rest[:1] not in (["true"], ["false"]):
+        option, equals, value = arg.partition("=")
+        kind = kinds.get(option, "")
+        if kind == "bool" and not equals and rest[:1] not in (["true"], ["false"]):
             arg += "=true"
-        elif arg == "--stop" and rest and not rest[0].startswith("--"):
-            arg = f"--stop={rest.pop(0)}"
-        if arg.startswith("--stop="):
-            arg = "--stop+=" + json_module.dumps([arg.removeprefix("--stop=")], ensure_ascii=False)
+        elif kind.startswith("list[str]"):
+            if not equals and rest and not rest[0].startswith("--"):
+                value, equals = rest.pop(0), "="
+            if equals:
+                arg = f"{option}+=" + json_module.dumps([value], ensure_ascii=False)
         spelled.append(arg)
     return spelled
 

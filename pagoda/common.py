@@ -62,6 +62,14 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3) -> str:
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
+def one_of(option: str, value: str, known: Iterable[str]) -> str:
+    """`value`, where it is one of the known ones."""
+    known = list(known)
+    if value not in known:
+        raise PagodaError(f"{option} must be one of {', '.join(known)}, not '{value}'{did_you_mean(value, known)}")
+    return value
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file or a directory beside its final place, and rename it there only when the block ends well.

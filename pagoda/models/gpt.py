@@ -9,6 +9,7 @@ are the same call. A family (llama.py, gpt_neox.py, ...) subclasses `GPT`, says 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -182,6 +183,9 @@ class GPT(nn.Module):
     prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()
     ignored: ClassVar[str] = ""
     block_class: ClassVar[type[Block]] = Block
+    compute_dtype: torch.dtype | None = (
+        None  # of the residual stream, where it is not the parameters' (mixed precision)
+    )
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
@@ -212,6 +216,7 @@ class GPT(nn.Module):
         *,
         targets: Tensor | None = None,
         logits_at: Tensor | None = None,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Logits, or with targets the loss per token.
 
@@ -220,6 +225,7 @@ class GPT(nn.Module):
         targets    like the ids: what each position should predict, -100 for nothing; returns (N,) or (B, T) float32
                    losses in nats, without ever holding all logits
         logits_at  (M,) int64: the places of the stream to give logits for (all without it): (M, vocab_size)
+        z_loss     adds this times the squared log-normalizer of the scores to every loss (Chowdhery et al. 2022)
         """
         lead = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
         if len(lead) == 2:
@@ -227,10 +233,9 @@ class GPT(nn.Module):
             tokens = tokens.flatten(0, 1)
         x = self.hidden(tokens, batch or Batch.of([len(tokens)], tokens.device))
         if targets is not None:
-            losses = linear_cross_entropy(
-                x, self.head.weight, targets.flatten(), self.head.bias, self.config.logit_softcap
-            )
-            return losses.view(lead)
+            cap, extra = self.config.logit_softcap, {"z_loss": z_loss} if z_loss else {}
+            losses = linear_cross_entropy(x, self.head.weight, targets.flatten(), self.head.bias, cap, **extra)
+            return losses if len(lead) == 1 else losses.view(lead)
         if logits_at is not None:
             return self.logits(x[logits_at])
         return self.logits(x).unflatten(0, lead)
@@ -253,6 +258,8 @@ class GPT(nn.Module):
         """Ids (N,) or embeddings (N, n_embd) to the start of the residual stream."""
         c = self.config
         x = tokens if tokens.is_floating_point() else self.embed(tokens)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
         if c.positions == "learned":
             if batch.max_seq_len > c.block_size:
                 raise PagodaError(f"{batch.max_seq_len} tokens do not fit the model's context of {c.block_size}")
@@ -295,17 +302,26 @@ class GPT(nn.Module):
         if self.config.tie_embeddings:
             set_weight(self.head, "weight", self.embed.weight)
 
+    def fresh_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 tensor) of every parameter as the families' papers and transformers start: normal with
+        `init_std`, biases 0, norms 1. For a model on the meta device too, one tensor in memory at a time."""
+        for name, p in weights_of(self):
+            module = self.get_submodule(name.rpartition(".")[0])
+            is_norm = isinstance(module, RMSNorm | LayerNorm)
+            if name == "head.weight" and self.config.tie_embeddings:
+                continue
+            if name.endswith(".bias"):
+                yield name, torch.zeros(p.shape)
+            elif is_norm:
+                yield name, torch.full(p.shape, 1.0 - getattr(module, "offset", 0.0))
+            else:
+                yield name, torch.empty(p.shape).normal_(0.0, self.config.init_std, generator=generator)
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights as the families' papers and transformers start: normal with `init_std`, biases 0, norms 1."""
-        for module in self.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if isinstance(module, RMSNorm | LayerNorm):
-                    p.fill_(0.0 if name == "bias" else 1.0 - getattr(module, "offset", 0.0))
-                elif name == "bias":
-                    p.zero_()
-                else:
-                    p.normal_(0.0, self.config.init_std, generator=generator)
+        """Give the parameters fresh weights."""
+        for name, weight in self.fresh_weights(generator):
+            self.get_parameter(name).copy_(weight)
 
     def n_params(self, embeddings: bool = True) -> int:
         """Number of parameters, shared ones once; without the embeddings as scaling laws count them."""

@@ -159,7 +159,7 @@ def dense(weight: Tensor | PackedWeight | nn.ModuleList, dtype: torch.dtype | No
         return torch.stack([dense(w, dtype) for w in weight])
     if isinstance(weight, PackedWeight):
         return weight.dequantize(dtype or weight.dtype)
-    return weight.detach()
+    return weight.full_tensor().detach() if hasattr(weight, "full_tensor") else weight.detach()  # from its shards
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedWeight | nn.ModuleList]]:

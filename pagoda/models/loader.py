@@ -244,6 +244,19 @@ def load(
     return model.requires_grad_(trainable).train(trainable)
 
 
+def stream(model: GPT, path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter, in the model's order, read from a checkpoint one after the other."""
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
+    names = checkpoint.names()
+    sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
+    check_complete(model, path, {name for parts in sources.values() for name in flatten(parts)}, names)
+    for param, parts in sources.items():
+        yield param, read_parameter(checkpoint, parts, checkpoint.dtype, is_transposed(model, param))
+        for name in flatten(parts):
+            checkpoint.release(name)
+
+
 def fill(
     model: GPT,
     checkpoint: Checkpoint,
@@ -398,13 +411,18 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     beside: Callable[[Path], None] | None = None,
+    write: bool = True,
 ) -> None:
     """Write a Hugging Face directory (config.json and safetensors, sharded above max_shard_bytes).
 
     `beside` writes what else belongs there, such as a tokenizer's files, given the directory. The directory appears
-    complete or not at all; one that exists and is not empty is refused.
+    complete or not at all; one that exists and is not empty is refused. Where processes share the weights, all call
+    this and one has `write`: the others only help to gather.
     """
     from safetensors import SafetensorError
+
+    if not write:
+        return write_weights(model, None, dtype or model.dtype, max_shard_bytes)
 
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -427,8 +445,9 @@ def save(
         raise PagodaError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def write_weights(model: GPT, path: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    """The safetensors files, and the index when there are several. One shard is in memory at a time."""
+def write_weights(model: GPT, path: Path | None, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """The safetensors files, and the index when there are several. One file is in memory at a time; without a path
+    nothing is written."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]  # our parameters in each file
@@ -447,11 +466,15 @@ def write_weights(model: GPT, path: Path, dtype: torch.dtype, max_shard_bytes: i
         tensors = {}
         for param in params:
             weight = dense(weights[param], dtype)
+            if path is None:
+                continue
             weight = weight.T if is_transposed(model, param) else weight
             tensors |= checkpoint_tensors(weight.to("cpu", dtype), table[param])
+        if path is None:
+            continue
         save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
+    if len(shards) > 1 and path is not None:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

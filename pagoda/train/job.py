@@ -1,0 +1,210 @@
+"""From what a user asked for to a `Job` that the loop can run: pretraining here, finetuning in finetune.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagoda.common import PagodaError
+from pagoda.data.shards import PackedRows, PreparedSet
+from pagoda.data.tokenizer import Tokenizer, load_tokenizer
+from pagoda.models.download import resolve
+from pagoda.models.gpt import GPT
+from pagoda.models.loader import open_checkpoint, stream
+from pagoda.models.registry import from_hf_config, known_config
+from pagoda.train.loop import Job, last_step, to_device, train
+from pagoda.train.memory import check_memory
+from pagoda.train.objective import NextToken, Objective, Source
+from pagoda.train.optim import make_optimizer
+from pagoda.train.options import Train
+from pagoda.train.parallel import Workers, build, micro_batches
+from pagoda.train.run import Run
+from pagoda.train.watch import Watcher
+
+
+def pretrain(
+    data: list[str],
+    out_dir: Path,
+    options: Train,
+    model_name: str = "",
+    init_from: str = "",
+    model_overrides: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
+    seed: int = 0,
+    device: str = "auto",
+    resume: str = "auto",
+    dry_run: bool = False,
+) -> Path | None:
+    """Train a model on prepared tokens: a fresh one of a known shape, or one that goes on from a checkpoint.
+
+    data             folders of `pagoda prepare`, each with `:WEIGHT` behind it where they are mixed
+    model_name       a known size (`pagoda models`) to build from scratch
+    model_overrides  keys of its config.json that shall be other than usual
+    init_from        a checkpoint, a run or a known model to start from instead
+    Returns the last checkpoint, or None for a dry run.
+    """
+    workers = Workers(device)
+    config = {k: v for k, v in locals().items() if k not in ("options", "workers", "out_dir")} | {
+        "command": "pretrain",
+        "train": asdict(options),
+    }
+    micro_batches(options, workers)
+    sets = [prepared(d) for d in data]
+    source = PackedRows(sets, options.seq_len, seed=seed, batch=options.global_batch_size)
+    validation = validation_rows(sets, options)
+    first = sets[0][0]
+    tokenizer = load_tokenizer(first.tokenizer_path)
+    if bool(model_name) == bool(init_from):
+        raise PagodaError(
+            "give --model_name (a shape to build from scratch) or --init_from (a checkpoint), one of them"
+        )
+    if init_from:
+        start = resolve(init_from)
+        first.check_tokenizer(load_tokenizer(start), init_from)
+        hf = open_checkpoint(start).config
+    else:
+        start = None
+        hf = {**known_config(model_name), **fitting_vocabulary(known_config(model_name), tokenizer)}
+    hf |= model_overrides or {}
+    run = Run(out_dir, options, workers, beside=tokenizer.save)
+    return start_job(
+        hf, start, source, validation, NextToken(options.z_loss), optimizer, options, run, tokenizer, config, resume,
+        dry_run, seed,
+    )  # fmt: skip
+
+
+def start_job(
+    hf: dict[str, Any],
+    start: Path | None,
+    source: Source,
+    validation: Source | None,
+    objective: Objective,
+    optimizer: str,
+    options: Train,
+    run: Run,
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    resume: str,
+    dry_run: bool,
+    seed: int,
+) -> Path | None:
+    """Build what is missing, say what it will need, and train."""
+    workers = run.workers
+    torch.manual_seed(seed + workers.rank)
+    with torch.device("meta"):
+        model = from_hf_config(hf, str(start or "the model's configuration"))
+    if options.seq_len > model.config.block_size:
+        raise PagodaError(f"train.seq_len {options.seq_len} exceeds the model's context of {model.config.block_size}")
+    report = check_memory(model, optimizer, options, workers)
+    if workers.main:
+        print(report.table(), file=sys.stderr)
+    if dry_run:
+        return None
+    checkpoint = run.open(config, source.fingerprint, resume)
+    model = build(model, first_weights(model, checkpoint or start, seed), options, workers)
+    optimize = make_optimizer(
+        optimizer, model.named_parameters(), options.lr, options.weight_decay, (options.beta1, options.beta2),
+        options.eps,
+    )  # fmt: skip
+    job = Job(model, optimize, objective, source, options, workers, run, watch=None)
+    if checkpoint is not None:
+        job.progress = run.restore(checkpoint, model, optimize)
+    job.watch = Watcher(
+        run.path, job.progress.step, last_step(options), main=workers.main, tensorboard=options.tensorboard,
+        wandb=options.wandb, flops_per_token=3 * model.flops_per_token(options.seq_len),
+    )  # fmt: skip
+    if validation is not None or options.sample_prompt:
+        job.evaluate = lambda job: evaluate(job, validation, tokenizer, seed)
+    try:
+        train(job)
+    finally:
+        job.watch.close()
+        workers.close()
+    return run.path / "checkpoints" / f"step-{job.progress.step}"
+
+
+def prepared(text: str) -> tuple[PreparedSet, float]:
+    """`DIR` or `DIR:WEIGHT`."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return PreparedSet(Path(path)) if colon else PreparedSet(Path(text)), float(weight) if colon else 1.0
+    except ValueError:
+        return PreparedSet(Path(text)), 1.0
+
+
+def validation_rows(sets: list[tuple[PreparedSet, float]], options: Train) -> PackedRows | None:
+    """The validation split, where there is one that fills a row."""
+    some = [(s, w) for s, w in sets if "validation" in s.splits and s.splits["validation"].n_tokens >= options.seq_len]
+    return PackedRows(some, options.seq_len, split="validation", sequential=True) if some else None
+
+
+def fitting_vocabulary(hf: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a fresh model takes from its tokenizer. A vocabulary that was rounded up a little stays as it is."""
+    told: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    size = tokenizer.vocab_size
+    if not size <= hf["vocab_size"] <= 1.1 * size:
+        told["vocab_size"] = size
+    return told
+
+
+def first_weights(model: GPT, checkpoint: Path | None, seed: int) -> Iterator[tuple[str, Tensor]]:
+    if checkpoint is None:
+        return model.fresh_weights(torch.Generator().manual_seed(seed))
+    return stream(model, checkpoint)
+
+
+@contextmanager
+def untrained(model: GPT) -> Iterator[None]:
+    """Nothing in this block changes the training: neither the random states nor the model."""
+    with torch.random.fork_rng(), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train()
+            for module in model.modules():
+                if hasattr(module, "reshard"):  # no backward pass will do it
+                    module.reshard()
+
+
+def evaluate(job: Job, validation: Source | None, tokenizer: Tokenizer, seed: int) -> dict[str, float | str]:
+    """The loss per scored token of the validation rows, and a completion of the sample prompt."""
+    o, workers, told = job.options, job.workers, {}
+    with untrained(job.model):
+        if validation is not None:
+            total, n = 0.0, o.micro_batch_size
+            scored = 0
+            count = min(validation.n_rows, o.eval_rows)
+            for first in range(0, count, n * workers.size):  # every process takes part in every round
+                begin = first + workers.rank * n
+                some = min(begin, count - 1)  # who has nothing left to do goes through the motions
+                rows = validation.rows(some, min(n, count - some))
+                losses = float(job.objective(job.model, to_device(rows, workers.device)))
+                if begin < count:
+                    total, scored = total + losses, scored + rows.scored
+            total, scored = workers.sum(total, scored)
+            told["val_loss"] = total / max(scored, 1)
+        if o.sample_prompt:
+            told["sample"] = complete(job.model, tokenizer, o.sample_prompt, o.sample_tokens, seed)
+    return told
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompt: str, n: int, seed: int) -> str:
+    """A completion at temperature 0.8, without a cache: the forward pass that training uses, sharded or not."""
+    ids = tokenizer.encode(prompt)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(min(n, model.config.block_size - len(ids))):
+        tokens = torch.tensor(ids, device=model.device)
+        logits = model(tokens, logits_at=torch.tensor([len(ids) - 1], device=model.device))[0].float().cpu()
+        token = int(torch.multinomial((logits / 0.8).softmax(-1), 1, generator=generator))
+        if token in tokenizer.eos_ids:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids)

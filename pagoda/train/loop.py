@@ -1,0 +1,160 @@
+"""The training loop, the only one in the house: `train` is all of it, `step` is one step of the optimizer.
+
+What is trained on is an objective (objective.py) over rows of tokens; how, is options.py; where it is written, run.py;
+on how many processes, parallel.py. A step sees the same rows whatever the number of processes and micro-batches, and
+everything that a step depends on is in the checkpoint: a run that goes on from one gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from pagoda.common import PagodaError
+from pagoda.data.shards import Rows
+from pagoda.models.gpt import GPT
+from pagoda.train.objective import Objective, Source
+from pagoda.train.options import Train
+from pagoda.train.parallel import Workers
+from pagoda.train.run import Progress, Run, latest_checkpoint
+from pagoda.train.schedule import multiplier
+from pagoda.train.watch import Watcher
+
+
+@dataclass
+class Job:
+    """All that training needs; one per run and process."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    data: Source
+    options: Train
+    workers: Workers
+    run: Run
+    watch: Watcher
+    evaluate: Callable[[Job], dict[str, float | str]] | None = None  # at every interval: what metrics.jsonl shall say
+    after_step: Callable[[int], None] | None = None  # what a method does to the model behind every step
+    progress: Progress = field(default_factory=Progress)
+
+
+def train(job: Job) -> Progress:
+    """Train until the options say that it is enough, or until the process is asked to stop (SIGTERM): then it saves.
+
+    Raises PagodaError when the loss is not a number, naming the step and the last good checkpoint.
+    """
+    o, progress, workers = job.options, job.progress, job.workers
+    last, saved = last_step(o), None
+    asked_to_stop = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
+    try:
+        while progress.step < last:
+            start = time.perf_counter()
+            rows = step_rows(job)
+            late = progress.seconds >= o.seconds()
+            scored, tokens, leave = workers.sum(
+                sum(r.scored for r in rows), sum(len(r.tokens) for r in rows), bool(asked_to_stop) or late
+            )
+            if leave or (o.max_tokens and progress.tokens >= o.max_tokens):
+                break
+            loss, norm, lr = step(job, rows, scored)
+            if job.after_step is not None:
+                job.after_step(progress.step)
+            seconds = time.perf_counter() - start
+            progress.step, progress.tokens = progress.step + 1, progress.tokens + int(tokens)
+            progress.seconds += seconds
+            job.watch.step(
+                progress.step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=progress.tokens,
+                tokens_per_second=tokens / seconds,
+                seconds=progress.seconds,
+            )
+            done = progress.step == last
+            if job.evaluate and (done or (o.eval_interval and progress.step % o.eval_interval == 0)):
+                job.watch.evaluation(progress.step, **job.evaluate(job))
+            if job.run.due(progress.step) or done:
+                saved = save(job)
+        if saved != progress.step:
+            save(job)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return progress
+
+
+def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float]:
+    """One step of the optimizer over this process's micro-batches: the loss, the gradient's norm, the learning rate."""
+    o, model, optimizer = job.options, job.model, job.optimizer
+    total = 0.0
+    for i, micro in enumerate(rows):
+        if job.workers.size > 1 and o.sharding == "none":  # replicas add their gradients up once
+            model.set_requires_gradient_sync(i == len(rows) - 1)
+        loss = job.objective(model, to_device(micro, job.workers.device)) / max(scored, 1)
+        (loss * job.workers.size).backward()  # the processes' gradients are averaged
+        total += loss.detach()
+    norm = gradient_norm(model, o.clip)
+    (loss,) = job.workers.sum(float(total))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        good = latest_checkpoint(job.run.path)
+        raise PagodaError(
+            f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {job.progress.step + 1} is not a number; "
+            + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+            + "; try a lower --train.lr, a longer warm-up, or --train.clip"
+        )
+    lr = o.lr * multiplier(o.schedule, job.progress.step, last_step(o), o.warmup_steps, o.min_lr_ratio, o.decay_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, lr
+
+
+def step_rows(job: Job) -> list[Rows]:
+    """The rows of this step that are this process's, by micro-batches: rank r of R takes every R-th one."""
+    o, workers = job.options, job.workers
+    n = o.micro_batch_size
+    first = job.progress.step * o.global_batch_size
+    count = o.global_batch_size // (n * workers.size)
+    return [job.data.rows(first + (i * workers.size + workers.rank) * n, n) for i in range(count)]
+
+
+def last_step(o: Train) -> int:
+    """The number of steps that max_steps and max_tokens allow."""
+    if not o.max_tokens:
+        return o.max_steps
+    return min(o.max_steps, -(-o.max_tokens // (o.global_batch_size * o.seq_len)))
+
+
+def gradient_norm(model: GPT, clip: float) -> float:
+    """The 2-norm of all gradients together, which are scaled down to `clip` where they exceed it (0: any norm)."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        raise PagodaError("nothing is trained: no parameter takes a gradient")
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if clip and norm > clip:
+        for g in gradients:
+            g.mul_(clip / norm)
+    return float(norm)
+
+
+def to_device(rows: Rows, device: torch.device) -> Rows:
+    if device.type == "cpu":
+        return rows
+    tokens, targets = (t.pin_memory().to(device, non_blocking=True) for t in (rows.tokens, rows.targets))
+    return replace(rows, tokens=tokens, targets=targets)
+
+
+def save(job: Job) -> int:
+    job.watch.flush()
+    path = job.run.save(job.model, job.optimizer, job.progress)
+    job.watch.note(f"saved {path}")
+    return job.progress.step

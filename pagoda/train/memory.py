@@ -1,0 +1,184 @@
+"""What a run will need, said before it runs: bytes per process, and what to change where they are too many.
+
+Weights, gradients and the optimizer's state are counted. Activations are measured: one and two blocks of the model, on
+random weights and one row of tokens, and what autograd keeps of them; they grow with blocks and rows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pagoda.common import PagodaError
+from pagoda.models.batch import Batch
+from pagoda.models.gpt import GPT
+from pagoda.models.layers import set_weight
+from pagoda.ops.loss import workspace_bytes
+from pagoda.train.optim import state_bytes, step_bytes
+from pagoda.train.options import Train
+from pagoda.train.parallel import Workers
+
+GIB = 2**30
+
+
+@dataclass
+class Memory:
+    """Bytes of one process at its peak, by what they are for."""
+
+    program: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    data: int
+    peak: int
+
+    def table(self) -> str:
+        parts = {k: v for k, v in vars(self).items() if k != "peak"}
+        lines = [f"  {name:12}{size / GIB:8.2f} GiB" for name, size in parts.items()]
+        return "\n".join(["memory per process, estimated:", *lines, f"  {'peak':12}{self.peak / GIB:8.2f} GiB"])
+
+
+@dataclass
+class Activations:
+    """Bytes that one row leaves for the backward pass: each block, and all else."""
+
+    block: int
+    rest: int
+
+
+def check_memory(model: GPT, optimizer: str, options: Train, workers: Workers) -> Memory:
+    """The estimate for a model (on the meta device is enough); PagodaError where the machine has less."""
+    kept = measure_activations(model, options, workers.device)
+    need = estimate(model, optimizer, options, workers, kept)
+    have = available(workers.device) // (workers.size if workers.device.type == "cpu" else 1)
+    if need.peak - need.program <= have:
+        return need
+    for name, fits in (
+        (
+            f"--{'optimizer'} {o} --train.precision {p} --train.checkpointing {c} --train.micro_batch_size {m}",
+            (o, p, c, m),
+        )
+        for o, p in ((optimizer, options.precision), ("adamw8bit", options.precision), ("adafactor", "bf16"))
+        for c in ("none", "full")
+        for m in sizes_below(options.micro_batch_size)
+    ):
+        o, p, c, m = fits
+        changed = replace(options, precision=p, checkpointing=c, micro_batch_size=m)
+        if estimate(model, o, changed, workers, kept).peak - need.program <= have:
+            advice = f"these settings would fit: {name}"
+            break
+    else:
+        advice = "no setting fits: use a smaller model, a shorter --train.seq_len, or more processes with zero3"
+    raise PagodaError(
+        f"this run needs {need.peak / GIB:.2f} GiB per process and {have / GIB:.2f} GiB are free; {advice}"
+    )
+
+
+def sizes_below(n: int) -> list[int]:
+    sizes = [n]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activations) -> Memory:
+    """See `Memory`. The peak comes at the start of the backward pass (all activations, the head's logits) or at its end
+    (all gradients), whichever is more."""
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = 2 if o.precision == "bf16" else 4
+    compute = 4 if o.precision == "float32" else 2
+    shards = workers.size if o.sharding != "none" else 1
+    weights, gradients = n_all * stored // shards, n_trained * stored // shards
+    if workers.size > 1:  # gathered copies: of everything, or of two blocks and what is outside of them
+        layer = sum(p.numel() for p in model.layers[0].parameters())
+        outside = n_all - layer * len(model.layers)
+        weights += (n_all if o.sharding != "zero3" else outside + 2 * layer) * compute
+    dtype = torch.bfloat16 if o.precision == "bf16" else torch.float32
+    parameters = [(name, p.to(dtype)) for name, p in model.named_parameters() if p.requires_grad]
+    state, moment = (f(optimizer, parameters, shards) for f in (state_bytes, step_bytes))
+    rows, n_layer = o.micro_batch_size, len(model.layers)
+    n_tokens = rows * o.seq_len
+    passed = n_tokens * model.config.n_embd * compute
+    again = {"none": 0, "selective": n_layer // 2, "full": n_layer}[o.checkpointing]
+    activations = rows * kept.rest + (n_layer - again) * rows * kept.block + again * passed
+    if again == n_layer:
+        activations += rows * kept.block  # of the block that is computed again
+    vocabulary = (model.config.vocab_size, model.config.n_embd)
+    logits = workspace_bytes(n_tokens, *vocabulary, torch.float32 if o.precision == "float32" else torch.bfloat16)
+    data = n_tokens * 16
+    program = resident(workers.device)
+    accumulates = o.global_batch_size > rows * workers.size
+    backward = activations + logits + (gradients if accumulates else 0)
+    peak = program + weights + state + data + max(backward, gradients + moment)
+    return Memory(program, weights, gradients, state, activations, logits, data, peak)
+
+
+def measure_activations(model: GPT, o: Train, device: torch.device) -> Activations:
+    one, two = (kept_bytes(shortened(model, n), o, device) for n in (1, 2))
+    return Activations(two - one, 2 * one - two)
+
+
+def shortened(model: GPT, n_layer: int) -> GPT:
+    """The same model with few blocks and a small vocabulary."""
+    c = model.config
+    layers = {
+        "n_layer": n_layer,
+        "windows": c.windows[:n_layer],
+        "dense_layers": tuple(d for d in c.dense_layers if d < n_layer),
+    }
+    with torch.device("meta"):
+        return type(model)(replace(c, vocab_size=min(c.vocab_size, 256), **layers))
+
+
+def kept_bytes(model: GPT, o: Train, device: torch.device) -> int:
+    """Bytes of one row that autograd keeps for the backward pass, parameters not counted."""
+    dtype = torch.bfloat16 if o.precision == "bf16" else torch.float32
+    for name, p in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        set_weight(model.get_submodule(module), leaf, nn.Parameter(torch.rand(p.shape, device=device).to(dtype) / 16))
+    model.tie()
+    if o.precision == "mixed":
+        model.compute_dtype = torch.bfloat16
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return t
+
+    tokens = torch.zeros(o.seq_len, dtype=torch.int64, device=device)
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.hidden(tokens, Batch.of([o.seq_len], device)).sum()
+    return sum(s.nbytes() for s in kept.values())
+
+
+def resident(device: torch.device) -> int:
+    """Bytes that this process holds already."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if Path("/proc/self/statm").is_file():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 300 * 2**20
+
+
+def available(device: torch.device) -> int:
+    """Bytes that the machine (or the container, or the device) still has to give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = 2**62
+    if (meminfo := Path("/proc/meminfo")).is_file():
+        kib = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = int(kib.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()).isdigit():
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free
