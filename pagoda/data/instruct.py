@@ -23,7 +23,7 @@ import numpy as np
 from pagoda.common import PagodaError
 from pagoda.data.chat_template import generation_spans, spell_out_tools, use_template
 from pagoda.data.options import InstructionOptions
-from pagoda.data.shards import IGNORE, Rows, draw, permuted
+from pagoda.data.shards import IGNORE, Rows, draws, permuted
 from pagoda.data.table import Row, read_rows
 from pagoda.data.tokenizer import Tokenizer
 
@@ -319,7 +319,8 @@ def _some_day(format: str) -> str:
 def split_by_hash(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """(training, validation): an example goes where the hash of its tokens says, whatever else is in the set, and equal
     examples go together. Either side has one at least; a set of fewer than two kinds raises PagodaError."""
-    places = [draw(example.tokens.tobytes()) / 2**64 for example in examples]
+    hashes = [hashlib.blake2b(example.tokens.tobytes(), digest_size=8).digest() for example in examples]
+    places = [int.from_bytes(digest, "little") / 2**64 for digest in hashes]
     ordered = sorted(set(places))
     if len(ordered) < 2:
         raise PagodaError("one example cannot be split: give validation data of its own, or none")
@@ -389,8 +390,10 @@ class InstructionRows:
             epoch, place = divmod(index, self.n_rows)
             if self.sequential and epoch:
                 raise IndexError(f"row {index} of {self.n_rows}")
+            if not self.sequential:
+                place = permuted(place, self.n_rows, draws(self.seed, epoch))
             room = self.seq_len
-            for i in self.packs[place if self.sequential else permuted(place, self.n_rows, self.seed, epoch)]:
+            for i in self.packs[place]:
                 example = self.examples[i]
                 tokens.append(example.tokens[:-1])
                 targets.append(np.where(example.trained[1:], example.tokens[1:], IGNORE))
