@@ -73,7 +73,8 @@ class Generator:
         if not prompts:
             raise PagodaError("no prompt: give at least one")
         self.model, self.device = model, model.device
-        context, vocab_size = model.config.block_size, model.config.vocab_size
+        self.n_virtual = model.n_virtual  # tokens that an adapter puts before every sequence
+        context, vocab_size = model.config.block_size - self.n_virtual, model.config.vocab_size
         for p in prompts:
             if not p:
                 raise PagodaError("the prompt is empty: give at least one token")
@@ -88,7 +89,7 @@ class Generator:
             i: Sequence(p, Sampler(o, p, vocab_size), min(o.max_new_tokens, context - len(p)))
             for i, (p, o) in enumerate(zip(prompts, options))
         }
-        sizes = [len(s.prompt) + s.most for s in self.running.values()]
+        sizes = [self.n_virtual + len(s.prompt) + s.most for s in self.running.values()]
         self.page_size = preferred_page_size(self.device, max(sizes))
         n_pages = 0
         for s, size in zip(self.running.values(), sizes):
@@ -138,7 +139,7 @@ class Generator:
         start = time.perf_counter()
         step = list(self.running.items())
         for _, s in step:
-            if s.cached == self.recompute_beyond:
+            if s.cached + self.n_virtual == self.recompute_beyond:
                 s.cached = 0
         sequences = [s for _, s in step]
         if all(s.cached for s in sequences):
@@ -173,8 +174,8 @@ class Generator:
 
     def slots(self, s: Sequence, n: int) -> list[int]:
         """Where the next n tokens of a sequence go in the cache."""
-        size = self.page_size
-        return [s.pages[p // size] * size + p % size for p in range(s.cached, s.cached + n)]
+        size, first = self.page_size, self.n_virtual + s.cached
+        return [s.pages[p // size] * size + p % size for p in range(first, first + n)]
 
     def batch(self, sequences: list[Sequence], lengths: list[int], past: list[int], slots: list[int]) -> Batch:
         width = max(len(s.pages) for s in sequences)
@@ -182,7 +183,7 @@ class Generator:
         return Batch.of(
             lengths,
             self.device,
-            past,
+            [self.n_virtual + p for p in past],
             scaling_lens=self._lengths(sequences) if self.scaled_by_length else None,
             cache=self.cache,
             slots=torch.tensor(slots, device=self.device),
@@ -191,7 +192,8 @@ class Generator:
 
     def _lengths(self, sequences: list[Sequence]) -> Tensor:
         """(S,) int32: all tokens of each sequence, those that wait for a later chunk of prefill included."""
-        return torch.tensor([len(s.prompt) + len(s.new) for s in sequences], dtype=torch.int32, device=self.device)
+        totals = [self.n_virtual + len(s.prompt) + len(s.new) for s in sequences]
+        return torch.tensor(totals, dtype=torch.int32, device=self.device)
 
 
 class Decoder:

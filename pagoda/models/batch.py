@@ -28,6 +28,8 @@ class Batch:
     cache         one entry per layer
     slots         (N,) int64: where each token's key and value are written: page * page_size + offset
     block_table   (S, max_pages) int32: the pages of each sequence, in order
+    With a prefix before the sequences (peft/virtual.py):
+    virtual       the keys and values that its tokens bring along
     """
 
     positions: Tensor
@@ -39,6 +41,7 @@ class Batch:
     cache: Cache | None = None
     slots: Tensor | None = None
     block_table: Tensor | None = None
+    virtual: VirtualKV | None = None
 
     @classmethod
     def of(
@@ -65,6 +68,20 @@ class Batch:
     def last(self) -> Tensor:
         """(S,) int64: where in the stream each sequence's last token of this step stands."""
         return self.cu_seqlens[1:].long() - 1
+
+
+@dataclass
+class VirtualKV:
+    """Keys and values that stand in every layer for those of some tokens: rows (M,) int64 of the stream, and for each
+    layer the two tensors (M, n_kv_head, head_size)."""
+
+    rows: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of the stream, (N, n_kv_head, head_size) each, with these in their places."""
+        own_k, own_v = self.layers[layer]
+        return k.index_copy(0, self.rows, own_k.to(k.dtype)), v.index_copy(0, self.rows, own_v.to(v.dtype))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         c = self.config = config
-        self.window, self.scale = c.windows[layer], c.attn_scale
+        self.layer, self.window, self.scale = layer, c.windows[layer], c.attn_scale
         if c.qkv == "separate":
             self.q_proj = Linear(c.n_embd, c.n_head * c.head_size, c.qkv_bias)
             self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_size, c.qkv_bias)
@@ -86,6 +86,10 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if batch.virtual is not None:
+            if angles is not None:
+                q, k = rotary(q, k, *angles)
+            k, v, angles = *batch.virtual.put(self.layer, k, v), None
         options = dict(
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
@@ -208,6 +212,7 @@ class GPT(nn.Module):
         self.rope = Rope(c.rope, c.rotary_dim, c.block_size) if c.positions == "rotary" else None
         self.rope_local = Rope(c.rope_local, c.rotary_dim, c.block_size) if c.rope_local else None
         self.slopes = alibi_slopes(c.n_head) if c.positions == "alibi" else None
+        self.virtual: nn.Module | None = None  # tokens before every sequence (peft/virtual.py)
 
     def forward(
         self,
@@ -242,7 +247,10 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, batch: Batch) -> Tensor:
         """The stream behind the last norm: (N, n_embd)."""
-        return self.transform(self.embed_tokens(tokens, batch), batch, *self.angles(batch))
+        if self.virtual is None:
+            return self.transform(self.embed_tokens(tokens, batch), batch, *self.angles(batch))
+        tokens, batch, real = self.virtual(self, tokens, batch)
+        return self.transform(self.embed_tokens(tokens, batch), batch, *self.angles(batch))[real]
 
     def transform(self, x: Tensor, batch: Batch, angles: Angles | None, local_angles: Angles | None) -> Tensor:
         """The blocks and the last norm: (N, n_embd) to (N, n_embd)."""
@@ -292,6 +300,11 @@ class GPT(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the residual stream (packed weights have types of their own)."""
         return self.layers[0].norm_1.weight.dtype
+
+    @property
+    def n_virtual(self) -> int:
+        """Virtual tokens before every sequence; with a cache, whoever owns it leaves room for them."""
+        return 0 if self.virtual is None else self.virtual.n
 
     def cache_specs(self) -> list[PagedKV]:
         """The memory that each layer keeps between steps."""

@@ -1,0 +1,325 @@
+"""Which finetuning methods there are, and the options of each. Free of torch: adapter.py finds a method's code by name.
+
+`METHODS` maps the name that a user gives to the options; several names joined by commas are worn together (MAM is
+`prefix,parallel`; UniPELT without its gates is `lora,prefix,pfeiffer`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pagoda.common import PagodaError, did_you_mean
+
+
+class Options:
+    """What all methods share. `module`: the file beside this one with the class `Method`, or another named `kind`;
+    `peft_type`: the name in adapter_config.json."""
+
+    module: ClassVar[str]
+    kind: ClassVar[str] = "Method"
+    peft_type: ClassVar[str]
+
+    def require(self, good: bool, what: str) -> None:
+        if not good:
+            raise PagodaError(what)
+
+    def require_whole(self, *names: str) -> None:
+        for name in names:
+            self.require(getattr(self, name) >= 1, f"{name} must be a whole number above 0, not {getattr(self, name)}")
+
+    def require_dropout(self) -> None:
+        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+
+@dataclass
+class LoRA(Options):
+    """Low-rank updates of linear layers (Hu et al. 2021), over a packed base QLoRA (Dettmers et al. 2023).
+
+    Args:
+        rank: of every update.
+        alpha: an update is scaled by alpha / rank.
+        dropout: of the update's input.
+        targets: layers by the end of their transformers name (q_proj,v_proj) or by patterns of whole names (regular
+            expressions), separated by commas; all-linear is every linear layer but the head.
+        rslora: scale by alpha / sqrt(rank) (Kalajdzievski 2023).
+        dora: learn the length of every row besides (DoRA, Liu et al. 2024).
+        plus_ratio: learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024; 1: equal).
+    """
+
+    module: ClassVar[str] = "lora"
+    peft_type: ClassVar[str] = "LORA"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    plus_ratio: float = 1.0
+
+    def __post_init__(self):
+        self.require_whole("rank")
+        self.require_dropout()
+        self.require(self.plus_ratio > 0, f"plus_ratio must be above 0, not {self.plus_ratio}")
+
+
+@dataclass
+class AdaLoRA(Options):
+    """LoRA as P diag(L) Q, whose ranks go where they matter while it trains (Zhang et al. 2023).
+
+    Args:
+        rank: the average that is left in the end.
+        init_rank: what every layer starts with.
+        alpha: an update is scaled by alpha / init_rank.
+        dropout: of the update's input.
+        targets: which layers, as for LoRA.
+        warmup_steps: steps before ranks are taken away.
+        final_steps: steps at the end with the ranks that are left.
+        every: steps between two decisions.
+        beta1: smoothing of a weight's importance.
+        beta2: smoothing of its uncertainty.
+        orthogonal: weight of the extra loss that keeps P and Q orthogonal.
+        total_steps: of the whole run (0: what the trainer says).
+    """
+
+    module: ClassVar[str] = "adalora"
+    peft_type: ClassVar[str] = "ADALORA"
+    rank: int = 8
+    init_rank: int = 12
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    warmup_steps: int = 0
+    final_steps: int = 0
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonal: float = 0.5
+    total_steps: int = 0
+
+    def __post_init__(self):
+        self.require_whole("rank", "init_rank", "every")
+        self.require_dropout()
+        self.require(self.rank <= self.init_rank, f"rank {self.rank} is above init_rank {self.init_rank}")
+
+
+@dataclass
+class IA3(Options):
+    """A learned factor per channel of keys, values and the MLP's inside (IA3, Liu et al. 2022).
+
+    Args:
+        targets: layers whose results are scaled, as for LoRA (empty: those of keys and values, and the MLP's last).
+        feedforward: which of them are scaled at their input instead (empty: the MLP's last).
+    """
+
+    module: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
+    targets: str = ""
+    feedforward: str = ""
+
+
+@dataclass
+class BitFit(Options):
+    """Train the biases and nothing else (Ben Zaken et al. 2022)."""
+
+    module: ClassVar[str] = "bitfit"
+    peft_type: ClassVar[str] = "BITFIT"
+
+
+@dataclass
+class Houlsby(Options):
+    """Bottlenecks behind attention and behind the MLP of every layer (Houlsby et al. 2019).
+
+    Args:
+        size: width of the bottleneck.
+        activation: gelu, relu or silu.
+        dropout: inside the bottleneck.
+    """
+
+    module: ClassVar[str] = "bottleneck"
+    peft_type: ClassVar[str] = "HOULSBY"
+    places: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+    parallel: ClassVar[bool] = False
+    size: int = 64
+    activation: str = "gelu"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.require_whole("size")
+        self.require_dropout()
+        self.require(
+            self.activation in ("gelu", "relu", "silu"), f"activation is gelu, relu or silu, not '{self.activation}'"
+        )
+
+
+@dataclass
+class Pfeiffer(Houlsby):
+    """Bottlenecks behind the MLP only (Pfeiffer et al. 2020).
+
+    Args:
+        size: width of the bottleneck.
+        activation: gelu, relu or silu.
+        dropout: inside the bottleneck.
+    """
+
+    peft_type: ClassVar[str] = "PFEIFFER"
+    places: ClassVar[tuple[str, ...]] = ("mlp",)
+
+
+@dataclass
+class Parallel(Houlsby):
+    """Bottlenecks beside the MLP, scaled (He et al. 2022); together with `prefix` it is their MAM adapter.
+
+    Args:
+        size: width of the bottleneck.
+        activation: gelu, relu or silu.
+        dropout: inside the bottleneck.
+        scale: what its result is multiplied by.
+    """
+
+    peft_type: ClassVar[str] = "PARALLEL"
+    places: ClassVar[tuple[str, ...]] = ("mlp",)
+    parallel: ClassVar[bool] = True
+    activation: str = "relu"
+    scale: float = 4.0
+
+
+@dataclass
+class LlamaAdapter(Options):
+    """Learned prompts in the upper layers, attended to through a gate that starts shut (Zhang et al. 2023).
+
+    Args:
+        length: tokens of a prompt.
+        layers: how many layers from the top (0: all but the first two).
+    """
+
+    module: ClassVar[str] = "llama_adapter"
+    peft_type: ClassVar[str] = "ADAPTION_PROMPT"
+    length: int = 10
+    layers: int = 0
+
+    def __post_init__(self):
+        self.require_whole("length")
+        self.require(self.layers >= 0, f"layers must not be negative, but is {self.layers}")
+
+
+@dataclass
+class AdapterV2(LlamaAdapter):
+    """The same, with a learned bias and factor at every linear layer, and the norms trained (Gao et al. 2023).
+
+    Args:
+        length: tokens of a prompt.
+        layers: how many layers from the top (0: all but the first two).
+    """
+
+    kind: ClassVar[str] = "MethodV2"
+    peft_type: ClassVar[str] = "ADAPTER_V2"
+
+
+@dataclass
+class Prefix(Options):
+    """Keys and values before every sequence, in every layer, made by a small network (Li & Liang 2021).
+
+    Args:
+        n_virtual: virtual tokens.
+        projection: make them from embeddings by a network of two layers; else they are parameters themselves.
+        hidden: width of that network (0: that of a layer's keys).
+    """
+
+    module: ClassVar[str] = "virtual"
+    kind: ClassVar[str] = "PrefixMethod"
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    n_virtual: int = 20
+    projection: bool = True
+    hidden: int = 0
+
+    def __post_init__(self):
+        self.require_whole("n_virtual")
+
+
+@dataclass
+class PTuningV2(Prefix):
+    """Keys and values before every sequence, in every layer, as parameters (P-Tuning v2, Liu et al. 2021).
+
+    Args:
+        n_virtual: virtual tokens.
+        projection: make them from embeddings by a network of two layers; else they are parameters themselves.
+        hidden: width of that network (0: that of a layer's keys).
+    """
+
+    projection: bool = False
+
+
+@dataclass
+class Prompt(Options):
+    """Embeddings of virtual tokens before every sequence (prompt tuning, Lester et al. 2021).
+
+    Args:
+        n_virtual: virtual tokens.
+        init: vocab starts them as tokens drawn from the vocabulary, random from a normal distribution.
+    """
+
+    module: ClassVar[str] = "virtual"
+    kind: ClassVar[str] = "PromptMethod"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    n_virtual: int = 20
+    init: str = "vocab"
+
+    def __post_init__(self):
+        self.require_whole("n_virtual")
+        self.require(self.init in ("vocab", "random"), f"init is vocab or random, not '{self.init}'")
+
+
+@dataclass
+class PTuning(Options):
+    """Embeddings of virtual tokens, made by an encoder (P-Tuning, Liu et al. 2021).
+
+    Args:
+        n_virtual: virtual tokens.
+        encoder: mlp or lstm.
+        hidden: width of the encoder (0: that of the model).
+        layers: of the LSTM.
+        dropout: between the layers of the LSTM.
+    """
+
+    module: ClassVar[str] = "virtual"
+    kind: ClassVar[str] = "PTuningMethod"
+    peft_type: ClassVar[str] = "P_TUNING"
+    n_virtual: int = 20
+    encoder: str = "mlp"
+    hidden: int = 0
+    layers: int = 2
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.require_whole("n_virtual", "layers")
+        self.require_dropout()
+        self.require(self.encoder in ("mlp", "lstm"), f"encoder is mlp or lstm, not '{self.encoder}'")
+
+
+METHODS: dict[str, type[Options]] = {
+    "lora": LoRA,
+    "qlora": LoRA,  # over a base that was loaded with quantize="nf4"
+    "adalora": AdaLoRA,
+    "ia3": IA3,
+    "bitfit": BitFit,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
+    "parallel": Parallel,
+    "llama_adapter": LlamaAdapter,
+    "adapter_v2": AdapterV2,
+    "prefix": Prefix,
+    "prompt": Prompt,
+    "p_tuning": PTuning,
+    "p_tuning_v2": PTuningV2,
+}
+
+
+def named(methods: str) -> list[str]:
+    """The names in a text such as `lora` or `prefix,parallel`. Raises PagodaError for a name that is not known."""
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        if name not in METHODS:
+            known = ", ".join(METHODS)
+            raise PagodaError(f"unknown method '{name}'{did_you_mean(name, METHODS)}; there are {known}")
+    return names
