@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.functional import pad
 
-from pagoda.common import PagodaError, did_you_mean
+from pagoda.common import PagodaError, one_of
 from pagoda.ops import cpu
 
 CHUNK = 2**18  # elements that a step works on at once: its temporaries stay in the processor's cache
@@ -63,10 +63,7 @@ def make_optimizer(
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    if name not in OPTIMIZERS:
-        close = did_you_mean(name, OPTIMIZERS)
-        raise PagodaError(f"unknown optimizer '{name}'{close}: use one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name]
+    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)]
 
 
 def parameter_groups(name: str, named_parameters: Named, weight_decay: float) -> list[dict]:
@@ -227,10 +224,13 @@ def adam_update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict) -> 
 class AdamW(torch.optim.AdamW):
     """PyTorch's, fused: one pass over memory; states have the parameter's dtype."""
 
-    new_state = staticmethod(adam_state)
-
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, fused=True, **options)
+
+    @staticmethod
+    def new_state(p: Tensor, group: dict) -> dict[str, Tensor]:
+        state = adam_state(p)
+        return {**state, "step": state["step"].to(local(p).device)}  # where the fused kernel counts
 
     @staticmethod
     def temporary(p: Tensor, shard: Tensor, group: dict) -> int:
