@@ -15,6 +15,7 @@ from torch import Tensor
 from pagoda.common import PagodaError
 from pagoda.data.shards import PackedRows, PreparedSet
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
+from pagoda.evaluate.bench import gemm_rate, peak_memory
 from pagoda.models.download import resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import open_checkpoint, stream
@@ -116,10 +117,18 @@ def start_job(
     job = Job(model, optimize, objective, source, options, workers, run, watch=None)
     if checkpoint is not None:
         job.progress = run.restore(checkpoint, model, optimize)
+    compute = torch.float32 if options.precision == "float32" else torch.bfloat16
     job.watch = Watcher(
-        run.path, job.progress.step, last_step(options), main=workers.main, tensorboard=options.tensorboard,
-        wandb=options.wandb, flops_per_token=3 * model.flops_per_token(options.seq_len),
-    )  # fmt: skip
+        run.path,
+        job.progress.step,
+        last_step(options),
+        main=workers.main,
+        tensorboard=options.tensorboard,
+        wandb=options.wandb,
+        flops_per_token=3 * model.flops_per_token(options.seq_len),
+        peak_flops=workers.size * gemm_rate(compute, workers.device) if workers.main else 0.0,
+        memory=lambda: peak_memory(workers.device),
+    )
     if validation is not None or options.sample_prompt:
         job.evaluate = lambda job: evaluate(job, validation, tokenizer, seed)
     try:

@@ -23,7 +23,7 @@ from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 from pagoda.train.run import Progress, Run, latest_checkpoint
 from pagoda.train.schedule import multiplier
-from pagoda.train.watch import Watcher
+from pagoda.train.watch import Watcher, clock
 
 
 @dataclass
@@ -49,7 +49,7 @@ def train(job: Job) -> Progress:
     Raises PagodaError when the loss is not a number, naming the step and the last good checkpoint.
     """
     o, progress, workers = job.options, job.progress, job.workers
-    last, saved = last_step(o), None
+    last, saved, first = last_step(o), None, progress.step
     asked_to_stop = []
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     try:
@@ -77,6 +77,10 @@ def train(job: Job) -> Progress:
                 tokens_per_second=tokens / seconds,
                 seconds=progress.seconds,
             )
+            if progress.step == first + 3:  # the first step is slower than the others
+                job.watch.note(forecast(job, (progress.seconds - warm) / 2))
+            elif progress.step == first + 1:
+                warm = progress.seconds
             done = progress.step == last
             if job.evaluate and (done or (o.eval_interval and progress.step % o.eval_interval == 0)):
                 job.watch.evaluation(progress.step, **job.evaluate(job))
@@ -114,6 +118,17 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, lr
+
+
+def forecast(job: Job, seconds: float) -> str:
+    """How long the run will take, its evaluations (a third of the work on a row) included, at that many a step."""
+    o, left = job.options, last_step(job.options) - job.progress.step
+    total = left * seconds
+    if job.evaluate:
+        rounds = left // o.eval_interval + 1 if o.eval_interval else 1
+        total += rounds * o.eval_rows * seconds / o.global_batch_size / 3
+    total = min(total, o.seconds() - job.progress.seconds)
+    return f"{seconds:.2f} s a step: {left} more take about {clock(total)}; peak memory {job.watch.memory():.2f} GiB"
 
 
 def step_rows(job: Job) -> list[Rows]:

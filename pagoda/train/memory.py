@@ -17,7 +17,6 @@ from pagoda.common import PagodaError
 from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
-from pagoda.ops.loss import workspace_bytes
 from pagoda.train.optim import state_bytes, step_bytes
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
@@ -110,8 +109,7 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     activations = rows * kept.rest + (n_layer - again) * rows * kept.block + again * passed
     if again == n_layer:
         activations += rows * kept.block  # of the block that is computed again
-    vocabulary = (model.config.vocab_size, model.config.n_embd)
-    logits = workspace_bytes(n_tokens, *vocabulary, torch.float32 if o.precision == "float32" else torch.bfloat16)
+    logits = min(n_tokens, 1024) * model.config.vocab_size * 10
     data = n_tokens * 16
     program = resident(workers.device)
     accumulates = o.global_batch_size > rows * workers.size

@@ -28,7 +28,7 @@ class Train:
         precision: mixed (float32 parameters, bf16 arithmetic), bf16 (all in bf16, half the memory) or float32.
         lr: the highest learning rate.
         schedule: cosine, linear, constant or wsd (warm up, stay, decay over the last decay_ratio of the steps).
-        warmup_steps: steps over which the learning rate rises from zero.
+        warmup_steps: steps over which the learning rate rises from zero; below 1 a share of all steps.
         min_lr_ratio: where the schedule ends, as a share of lr.
         decay_ratio: the share of the steps over which wsd decays.
         weight_decay: of matrices; vectors have none.
@@ -61,7 +61,7 @@ class Train:
     precision: str = "mixed"
     lr: float = 3e-4
     schedule: str = "cosine"
-    warmup_steps: int = 100
+    warmup_steps: float = 0.02
     min_lr_ratio: float = 0.1
     decay_ratio: float = 0.2
     weight_decay: float = 0.1

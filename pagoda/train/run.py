@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,8 @@ class Run:
             save(model, temporary, beside=self.beside, write=self.workers.main)
             self.workers.wait()
             state = {"optimizer": flatten_state(model, optimizer), "random": random_states(self.workers)}
-            dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self.workers.size == 1)
+            with quiet():
+                dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self.workers.size == 1)
             if self.workers.main:
                 groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
                 told = {**asdict(progress), "processes": self.workers.size, "groups": groups}
@@ -201,9 +204,18 @@ def load_state(
     state: dict[str, Any] = {"optimizer": flatten_state(model, optimizer)}
     if f"random.{workers.rank}" in saved:  # not of a process that was not there
         state["random"] = random_states(workers)
-    dcp.load(state, checkpoint_id=path, no_dist=workers.size == 1)
+    with quiet():
+        dcp.load(state, checkpoint_id=path, no_dist=workers.size == 1)
     if "random" in state:
         torch.set_rng_state(state["random"][str(workers.rank)])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def random_states(workers: Workers) -> dict[str, Tensor]:
