@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -258,8 +259,9 @@ def answer_spans(
     assistant with the token that ends it, or all of the text.
 
     What the template itself marks by `{% generation %}` is taken as it is. Otherwise turn i is what the conversation up
-    to and with it has more than the prompt for it; both are rendered, and found again in the text of the whole.
-    PagodaError for a template that writes a turn quite differently once others follow.
+    to it has more than the prompt for it; both are rendered, and found again in the whole. Where that fails, because
+    the template writes the same turns differently in each of the three, the turn is what changes with its content.
+    PagodaError for a template that leaves neither way.
     """
     messages, tools = spell_out_tools(tokenizer.chat_template or "", messages, tools)
     variables = {"tools": tools, "strftime_now": _some_day}
@@ -273,21 +275,23 @@ def answer_spans(
     marked = generation_spans(tokenizer.chat_template, messages, **tokenizer.special, **variables)
     if marked is not None:
         return whole, marked
-    ends = tuple(tokenizer.special_tokens)
-    spans, before, done = [], "", 0  # the conversation up to the last turn found, and where that ends in the whole
+    special = "|".join(re.escape(token) for token in tokenizer.special_tokens)
+    spans, before, done = [], "", 0  # the conversation up to the turn before, and where that ends in the whole
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt, answered = rendered(messages[:i], prompt=True), rendered(messages[: i + 1])
-        head = len(os.path.commonprefix([prompt, answered]))  # noqa: RUF071 (of characters, as wanted)
-        answer = answered[head:]
-        if whole.startswith(answered[:head]):
-            begin = head
-        elif answered.startswith(before) and whole.startswith(answered[len(before) : head], done):
-            begin = done + head - len(before)  # an earlier turn reads differently in the whole
-        else:
-            begin = -1
-        end = begin + _overlap(answer, whole[begin:])
+        answer, begin, end = answered[len(prompt) :], -1, -1
+        if answered.startswith(prompt):
+            if whole.startswith(prompt):
+                begin = len(prompt)
+            elif prompt.startswith(before) and whole.startswith(prompt[len(before) :], done):
+                begin = done + len(prompt) - len(before)  # an earlier turn reads differently here
+            end = begin + _overlap(answer, whole[begin:])
+        if not done <= begin < end and not message.get("tool_calls"):
+            begin, rest = _around(rendered([*messages[:i], message | {"content": _MARK}, *messages[i + 1 :]]), whole)
+            closing = re.match(rf"\s*(?:{special})", whole[rest:])
+            end = rest + (closing.end() if closing and special else 0)
         if not done <= begin < end:
             raise PagodaError(
                 f"the template writes message {i + 1} differently once others follow, so it is not clear what to train:"
@@ -295,9 +299,20 @@ def answer_spans(
             )
         before, done = answered, end
         # The model stops at the end token; a line break behind it is the template's.
-        text = whole[:end].rstrip()
-        spans.append((begin, len(text) if text.endswith(ends) and len(text) > begin else end))
+        closed = re.search(rf"(?:{special})(?=\s*$)", whole[begin:end])
+        spans.append((begin, begin + closed.end() if closed and special else end))
     return whole, spans
+
+
+_MARK = "\ufdd2"  # one of the code points that Unicode keeps out of every text
+
+
+def _around(changed: str, whole: str) -> tuple[int, int]:
+    """Where that stands in the whole which is _MARK in `changed`: (begin, end), or (-1, -1) if more has changed."""
+    head, _, tail = changed.partition(_MARK)
+    fits = _MARK in changed and whole.startswith(head) and whole.endswith(tail)
+    # No prompt ends with a space: one before the content is the model's to say.
+    return (len(head.rstrip(" ")), len(whole) - len(tail)) if fits else (-1, -1)
 
 
 def _overlap(a: str, b: str) -> int:

@@ -66,6 +66,10 @@ QWEN3 = """{%- for m in messages %}
 R1 = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>' + m.content }}
 {{- eos_token }}{%- else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"""
+# Mistral v0.3: the system message goes into a question that is still to be answered, and nowhere else.
+MISTRAL3 = """{{ bos_token }}{% set chat = messages[1:] %}{% for m in chat %}{% if m.role == 'user' %}
+{{- '[INST] ' + (messages[0].content + '\\n\\n' if loop.last else '') + m.content + '[/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
 MARKED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
 {%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"""
@@ -161,9 +165,10 @@ def test_alpaca_writes_instruction_and_input_apart(tmp_path, tokenizer):
     [
         (QWEN3, ["Paris 😀, on the Seine<|im_end|>", "<think>\n\n</think>\n\n很好\n\nIt's fine.<|im_end|>"]),
         (R1, ["Paris 😀, on the Seine</s>", "很好\n\nIt's fine.</s>"]),
+        (MISTRAL3, [" Paris 😀, on the Seine</s>", " 很好\n\nIt's fine.</s>"]),
         (MARKED, ["Paris 😀, on the Seine<|im_end|>", "很好\n\nIt's fine.<|im_end|>"]),
     ],
-    ids=["qwen3", "deepseek-r1", "generation blocks"],
+    ids=["qwen3", "deepseek-r1", "mistral-v0.3", "generation blocks"],
 )
 def test_templates_that_write_the_last_turn_or_its_prompt_differently(tmp_path, tokenizer, template, answers):
     (example,) = from_rows(tmp_path, wearing(tokenizer, template), {"messages": CHAT})
