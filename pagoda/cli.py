@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pagoda.common import PagodaError, did_you_mean
-from pagoda.data.options import InstructionOptions
+from pagoda.data.options import InstructionOptions, Preparation, Reading
 from pagoda.engine.options import Sampling, Weights
 from pagoda.train.options import Train
 
@@ -275,6 +275,82 @@ def data_show(
         note(line)
 
 
+def prepare(src: list[str], out: Path, reading: Reading, preparation: Preparation, json: bool = False) -> None:
+    """Turn text into shards of tokens to pretrain on. A killed run goes on where it was when started again.
+
+    Args:
+        src: files, folders and Hub data sets (org/name[/config][@revision][:split]) of text, JSONL, Parquet or Arrow.
+        out: the folder to write.
+        reading: how documents are found in files.
+        preparation: how they become shards.
+        json: print the manifest.
+    """
+    from pagoda.data.prepare import prepare as start
+    from pagoda.data.prepare import summary
+
+    manifest = start(src, out, reading, preparation)
+    if skipped := manifest["skipped"]:
+        note(f"{len(skipped)} files are no UTF-8 text and were skipped, such as {skipped[0]}")
+    print(json_module.dumps(manifest) if json else summary(manifest))
+
+
+def tokenizer_train(
+    src: list[str],
+    out: Path,
+    reading: Reading,
+    kind: str = "bpe",
+    vocab_size: int = 32_000,
+    special_tokens: list[str] | None = None,
+) -> None:
+    """Train a vocabulary on text and write it as a Hugging Face directory.
+
+    Args:
+        src: files, folders and Hub data sets (org/name[/config][@revision][:split]) of text, JSONL, Parquet or Arrow.
+        out: the directory to write.
+        reading: how documents are found in files.
+        kind: bpe (byte-level), sentencepiece (its BPE, as Llama 2's), or unigram (SentencePiece's other model).
+        vocab_size: how many tokens, special ones included.
+        special_tokens: one more special token (may be given several times).
+    """
+    from pagoda.data.corpus import all_documents, list_units
+    from pagoda.data.vocabulary import train_tokenizer
+
+    texts = all_documents(list_units(src, reading), reading)
+    train_tokenizer(texts, out, kind, vocab_size, special_tokens or [])
+    print(out)
+
+
+def tokenizer_extend(model: str, new_tokenizer: str, out: Path) -> None:
+    """Add the tokens of another vocabulary to a model, their rows made of those of the pieces they were written with.
+
+    Args:
+        model: a name, a directory, a GGUF file or a Hub id.
+        new_tokenizer: a directory (such as `pagoda tokenizer train` writes) or a model with the new tokens.
+        out: the directory to write; it must not hold anything yet.
+    """
+    from pagoda.data.vocabulary import extend
+
+    note(f"{extend(model, new_tokenizer, out):,} tokens are new")
+    print(out)
+
+
+def plot(runs: list[str], out: Path | None = None, width: int = 80) -> None:
+    """Draw the loss curves of training runs into the terminal, and into a PNG.
+
+    Args:
+        runs: run folders.
+        out: a PNG file to write as well.
+        width: columns of the drawing in the terminal.
+    """
+    from pagoda.train.plot import draw_png, draw_text, read_curves
+
+    curves = read_curves(runs)
+    print(draw_text(curves, width))
+    if out is not None:
+        draw_png(curves, out)
+        note(f"wrote {out}")
+
+
 def env() -> None:
     """Say what this installation runs on: versions, devices, the kernels in use."""
     import platform
@@ -300,12 +376,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "bench": bench,
     "evaluate perplexity": evaluate_perplexity,
+    "prepare": prepare,
+    "tokenizer train": tokenizer_train,
+    "tokenizer extend": tokenizer_extend,
     "pretrain": pretrain,
     "data show": data_show,
+    "plot": plot,
     "env": env,
 }
 # Parameters whose fields are options of their own; NESTED with the parameter's name in front: --train.lr
 GROUPS = {"sampling": Sampling, "weights": Weights, "instructions": InstructionOptions}
+GROUPS |= {"reading": Reading, "preparation": Preparation}
 NESTED = {"train": Train}
 
 
@@ -349,7 +430,8 @@ def run(command: str, args: list[str]) -> None:
     kinds |= {f"--{f.name}": f.type for group in groups.values() for f in dataclasses.fields(group)}
     kinds |= {f"--{name}.{f.name}": f.type for name, group in nested.items() for f in dataclasses.fields(group)}
     try:
-        options = vars(parser.parse_args(spell_out(args, kinds)))
+        required = [p.annotation for p in parameters.values() if p.default is p.empty]
+        options = vars(parser.parse_args(gather(spell_out(args, kinds), required)))
     except ArgumentError as e:
         raise PagodaError(f"{complaint(str(e))} (`pagoda {command} --help` lists the options)") from None
     options.pop("config", None)
@@ -386,6 +468,24 @@ def spell_out(args: list[str], kinds: dict[str, str]) -> list[str]:
                 arg = f"{option}+=" + json_module.dumps([value], ensure_ascii=False)
         spelled.append(arg)
     return spelled
+
+
+def gather(args: list[str], kinds: list[str]) -> list[str]:
+    """`A B OUT` as `["A", "B"] OUT`, where the first of the parameters without a default (`kinds`) is a list."""
+    if kinds[:1] != ["list[str]"]:
+        return args
+    places, i = [], 0
+    while i < len(args):
+        if not args[i].startswith("--"):
+            places.append(i)
+        elif "=" not in args[i] and args[i] not in ("--help", "--print_config"):
+            i += 1  # its value
+        i += 1
+    several = places[: len(places) - sum(kind in ("str", "Path") for kind in kinds)]
+    if not several:
+        return args
+    texts = json_module.dumps([args[i] for i in several])
+    return [texts if i == several[0] else arg for i, arg in enumerate(args) if i not in several[1:]]
 
 
 def complaint(error: str) -> str:

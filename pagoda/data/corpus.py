@@ -124,6 +124,11 @@ def documents(unit: Unit, reading: Reading, skipped: list[str]) -> Iterator[str]
     return (text for text in texts if text)
 
 
+def all_documents(units: Iterable[Unit], reading: Reading) -> Iterator[str]:
+    for unit in units:
+        yield from documents(unit, reading, [])
+
+
 def whole_files(unit: Unit, skipped: list[str]) -> Iterator[str]:
     for path in unit.paths:
         try:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from pagoda.common import PagodaError, progress, replacing
-from pagoda.data.corpus import Unit, documents, list_units
+from pagoda.data.corpus import Unit, all_documents, documents, list_units
 from pagoda.data.options import Preparation, Reading
 from pagoda.data.shards import FORMAT, SPLITS, ShardWriter, digest, token_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
@@ -106,11 +106,6 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 def remains(out: Path) -> list[Path]:
     """What is in `out`, but for the temporary files of killed runs."""
     return [path for path in out.iterdir() if not (path.name.startswith(".") and path.name.endswith(".partial"))]
-
-
-def all_documents(units: list[Unit], reading: Reading) -> Iterator[str]:
-    for unit in units:
-        yield from documents(unit, reading, [])
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -158,7 +158,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].partition(". ")[0]
         raise PagodaError(f"sentencepiece cannot make this vocabulary ({reason})") from None
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     config = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
@@ -195,11 +195,12 @@ def merge(old: Tokenizer, new: Tokenizer) -> Tokenizer:
             f"(`pagoda tokenizer train --kind {KIND_OF[kinds[0]]}`)"
         )
     known = old.backend.get_vocab(with_added_tokens=True)
-    pieces = vocabulary(more)
-    added = [text for text in pieces if text not in known and text not in new.special_tokens]
+    special = new.special_tokens
+    added = [text for text in vocabulary(more) if text not in known and text not in special]
     ids = {text: len(known) + i for i, text in enumerate(added)}
     # Old tokens that stood beside the model's own take their place in it: ids go on behind them.
-    beside = [text for text in sorted(known, key=known.get) if text not in vocabulary(parts)]
+    own = set(vocabulary(parts))
+    beside = [text for text in sorted(known, key=known.get) if text not in own]
     model = parts["model"]
     if kinds[0] == "unigram":
         worst = min(score for _, score in model["vocab"])
