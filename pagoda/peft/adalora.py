@@ -17,7 +17,7 @@ from pagoda.common import PagodaError
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear
 from pagoda.ops.linear import linear
-from pagoda.peft.adapter import LinearMethod, Worn, fan_in_fan_out, matching, shortest
+from pagoda.peft.adapter import LinearMethod, Worn, matching
 from pagoda.peft.options import AdaLoRA
 
 
@@ -127,32 +127,5 @@ class Method(LinearMethod):
         return state
 
     def config(self) -> dict[str, Any]:
-        o: AdaLoRA = self.options
-        pattern = {f"{name}.lora_E": kept.tolist() for name, kept in self.kept.items()} if self.kept else None
-        return {
-            "target_r": o.rank,
-            "init_r": o.init_rank,
-            "lora_alpha": o.alpha,
-            "lora_dropout": o.dropout,
-            "tinit": o.warmup_steps,
-            "tfinal": o.final_steps,
-            "deltaT": o.every,
-            "beta1": o.beta1,
-            "beta2": o.beta2,
-            "orth_reg_weight": o.orthogonal,
-            "total_step": o.total_steps,
-            "rank_pattern": pattern,
-            "target_modules": shortest(self.model, list(self.layers)),
-            "fan_in_fan_out": fan_in_fan_out(self.model, self.layers),
-            "bias": "none",
-        }
-
-    @classmethod
-    def read(cls, kind: type[AdaLoRA], config: dict[str, Any]) -> AdaLoRA:
-        theirs = ("target_r", "init_r", "lora_alpha", "lora_dropout")
-        later = ("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
-        o = kind(**dict(zip(("rank", "init_rank", "alpha", "dropout"), (config[k] for k in theirs))))
-        ours = ("warmup_steps", "final_steps", "every", "beta1", "beta2", "orthogonal", "total_steps")
-        for name, key in zip(ours, later):
-            setattr(o, name, config.get(key, getattr(o, name)))
-        return o
+        kept = None if self.kept is None else {f"{name}.lora_E": mask.tolist() for name, mask in self.kept.items()}
+        return {**super().config(), "rank_pattern": kept, "bias": "none"}

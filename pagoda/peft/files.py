@@ -36,7 +36,7 @@ def save_adapter(model: GPT, path: str | Path, base_name: str = "") -> None:
 
     if not adapters(model):
         raise PagodaError("the model wears no adapter: there is nothing to save")
-    parts = [(describe(m, base_name), m.state()) for m in adapters(model)]
+    parts = [(describe(m, base_name), {m.prefix + n: t for n, t in m.state().items()}) for m in adapters(model)]
     config, tensors = parts[0]
     if len(parts) > 1:
         config = {"peft_type": COMBINATION, "base_model_name_or_path": base_name, "parts": [c for c, _ in parts]}
@@ -62,6 +62,8 @@ def load_adapter(model: GPT, path: str | Path, trainable: bool = False) -> GPT:
     Raises PagodaError for what is missing, unreadable, of an unknown kind, or made for another model.
     """
     path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise PagodaError(f"{path}: no {CONFIG} there; an adapter is a directory that holds one")
     config = read_json(path / CONFIG)
     tensors = read_tensors(path / WEIGHTS)
     parts = [(config, tensors)]

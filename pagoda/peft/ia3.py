@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pagoda.models.layers import Linear
 from pagoda.ops.linear import linear
-from pagoda.peft.adapter import LinearMethod, Worn, fan_in_fan_out, linears, matching, shortest
+from pagoda.peft.adapter import LinearMethod, Worn, linears, matching, shortest
 from pagoda.peft.options import IA3
 
 
@@ -53,16 +53,4 @@ class Method(LinearMethod):
 
     def config(self) -> dict[str, Any]:
         inside = [name for name, layer in self.layers.items() if layer.feedforward]
-        return {
-            "target_modules": shortest(self.model, list(self.layers)),
-            "feedforward_modules": shortest(self.model, inside) if inside else [],
-            "fan_in_fan_out": fan_in_fan_out(self.model, self.layers),
-        }
-
-    @classmethod
-    def read(cls, kind: type[IA3], config: dict[str, Any]) -> IA3:
-        targets, inside = (
-            value if isinstance(value, str) else ",".join(value)
-            for value in (config["target_modules"], config.get("feedforward_modules") or [])
-        )
-        return kind(targets, inside)
+        return {**super().config(), "feedforward_modules": shortest(self.model, inside) if inside else []}

@@ -20,7 +20,6 @@ from pagoda.ops.rotary import rotary
 from pagoda.peft import adapter
 from pagoda.peft.adapter import Worn, hf_name
 from pagoda.peft.bitfit import train_leaves
-from pagoda.peft.options import LlamaAdapter
 
 IN_PEFT = ("llama", "mistral", "gpt2")  # the families that PEFT has it for
 
@@ -28,9 +27,9 @@ IN_PEFT = ("llama", "mistral", "gpt2")  # the families that PEFT has it for
 class AdaptionPrompt(nn.Module):
     """adaption_prompt (1, length, n_embd) and adaption_gate (1,); hangs on an Attention as a hook on its result."""
 
-    def __init__(self, n_embd: int, length: int, through_output: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(self, n_embd: int, length: int, in_peft: str, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.through_output = through_output
+        self.in_peft = in_peft  # the family, where PEFT has the method for it
         self.adaption_prompt = nn.Parameter(torch.randn(1, length, n_embd, dtype=dtype, device=device))
         self.adaption_gate = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
 
@@ -48,22 +47,26 @@ class AdaptionPrompt(nn.Module):
         scores = torch.einsum("nhd,lhd->nhl", q, keys) * c.head_size**-0.5
         weights = self.adaption_gate * scores.float().softmax(-1)
         seen = torch.einsum("nhl,lhd->nhd", weights.to(x.dtype), values).flatten(1)
-        return y + (attn.o_proj(seen) if self.through_output else seen)
+        if self.in_peft == "gpt2":  # PEFT leaves the output projection out there
+            return y + seen
+        y = y + attn.o_proj(seen)
+        return y if self.in_peft else y - attn.o_proj(torch.zeros_like(seen[:1]))  # its bias is in y already
 
 
 class Method(adapter.Method):
     def attach(self, dtype: torch.dtype, tensors: dict[str, Tensor] | None) -> None:
         o, c = self.options, self.model.config
         family = self.model.model_types[0]
-        if o.peft_type == "ADAPTION_PROMPT" and family not in IN_PEFT:
-            self.options.peft_type = "LLAMA_ADAPTER"
+        in_peft = family if o.peft_type == "ADAPTION_PROMPT" and family in IN_PEFT else ""
+        if o.peft_type == "ADAPTION_PROMPT" and not in_peft:
+            o.peft_type = "LLAMA_ADAPTER"
         n = o.layers or max(1, c.n_layer - 2)
         if n > c.n_layer:
             raise PagodaError(f"layers is {n}, but the model has {c.n_layer}")
         self.prompts: dict[str, AdaptionPrompt] = {}
         for i in range(c.n_layer - n, c.n_layer):
             attn = self.model.layers[i].attn
-            prompt = AdaptionPrompt(c.n_embd, o.length, family != "gpt2", dtype, self.model.device)  # as PEFT has it
+            prompt = AdaptionPrompt(c.n_embd, o.length, in_peft, dtype, self.model.device)
             attn.adaption = prompt
             attn.register_forward_hook(prompt.hook)
             self.prompts[hf_name(self.model, f"layers.{i}.attn.o_proj").rpartition(".")[0]] = prompt
@@ -73,11 +76,7 @@ class Method(adapter.Method):
 
     def config(self) -> dict[str, Any]:
         module = next(iter(self.prompts)).rpartition(".")[2]
-        return {"adapter_len": self.options.length, "adapter_layers": len(self.prompts), "target_modules": module}
-
-    @classmethod
-    def read(cls, kind: type[LlamaAdapter], config: dict[str, Any]) -> LlamaAdapter:
-        return kind(config["adapter_len"], config["adapter_layers"])
+        return {**super().config(), "adapter_layers": len(self.prompts), "target_modules": module}
 
 
 class ScaledLinear(Worn):

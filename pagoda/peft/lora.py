@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pagoda.models.layers import Linear
 from pagoda.ops.formats import PackedWeight
 from pagoda.ops.linear import linear
-from pagoda.peft.adapter import LinearMethod, Worn, fan_in_fan_out, matching, shortest
+from pagoda.peft.adapter import LinearMethod, Worn, matching
 from pagoda.peft.options import LoRA
 
 
@@ -95,26 +95,7 @@ class Method(LinearMethod):
         return self.options.plus_ratio if name.endswith(".lora_B") else 1.0
 
     def config(self) -> dict[str, Any]:
-        o: LoRA = self.options
         ranks = {name: len(layer.lora_A) for name, layer in self.layers.items()}
-        return {
-            "r": o.rank,
-            "lora_alpha": o.alpha,
-            "lora_dropout": o.dropout,
-            "target_modules": shortest(self.model, list(self.layers)),
-            "fan_in_fan_out": fan_in_fan_out(self.model, self.layers),
-            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != o.rank},
-            "use_rslora": o.rslora,
-            "use_dora": o.dora,
-            "bias": "none",
-        }
-
-    @classmethod
-    def read(cls, kind: type[LoRA], config: dict[str, Any]) -> LoRA:
-        return kind(
-            rank=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            rslora=config.get("use_rslora", False),
-            dora=config.get("use_dora", False),
-        )
+        pattern = {name: rank for name, rank in ranks.items() if rank != self.options.rank}
+        config = {**super().config(), "rank_pattern": pattern, "bias": "none"}
+        return {name: value for name, value in config.items() if name != "plus_ratio"}  # an unknown name to PEFT

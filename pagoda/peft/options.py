@@ -14,11 +14,16 @@ from pagoda.common import PagodaError, did_you_mean
 
 class Options:
     """What all methods share. `module`: the file beside this one with the class `Method`, or another named `kind`;
-    `peft_type`: the name in adapter_config.json."""
+    `peft_type`: the method's name in adapter_config.json; `peft_names`: options that are called otherwise there."""
 
     module: ClassVar[str]
     kind: ClassVar[str] = "Method"
     peft_type: ClassVar[str]
+    peft_names: ClassVar[str] = ""
+
+    @classmethod
+    def names_in_peft(cls) -> dict[str, str]:
+        return dict(pair.split("=") for pair in cls.peft_names.split())
 
     def require(self, good: bool, what: str) -> None:
         if not good:
@@ -49,6 +54,9 @@ class LoRA(Options):
 
     module: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
+    peft_names: ClassVar[str] = (
+        "rank=r alpha=lora_alpha dropout=lora_dropout targets=target_modules rslora=use_rslora dora=use_dora"
+    )
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -84,6 +92,10 @@ class AdaLoRA(Options):
 
     module: ClassVar[str] = "adalora"
     peft_type: ClassVar[str] = "ADALORA"
+    peft_names: ClassVar[str] = (
+        "rank=target_r init_rank=init_r alpha=lora_alpha dropout=lora_dropout targets=target_modules "
+        "warmup_steps=tinit final_steps=tfinal every=deltaT orthogonal=orth_reg_weight total_steps=total_step"
+    )
     rank: int = 8
     init_rank: int = 12
     alpha: float = 32.0
@@ -114,6 +126,7 @@ class IA3(Options):
 
     module: ClassVar[str] = "ia3"
     peft_type: ClassVar[str] = "IA3"
+    peft_names: ClassVar[str] = "targets=target_modules feedforward=feedforward_modules"
     targets: str = ""
     feedforward: str = ""
 
@@ -195,6 +208,7 @@ class LlamaAdapter(Options):
 
     module: ClassVar[str] = "llama_adapter"
     peft_type: ClassVar[str] = "ADAPTION_PROMPT"
+    peft_names: ClassVar[str] = "length=adapter_len layers=adapter_layers"
     length: int = 10
     layers: int = 0
 
@@ -229,6 +243,7 @@ class Prefix(Options):
     module: ClassVar[str] = "virtual"
     kind: ClassVar[str] = "PrefixMethod"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    peft_names: ClassVar[str] = "n_virtual=num_virtual_tokens projection=prefix_projection hidden=encoder_hidden_size"
     n_virtual: int = 20
     projection: bool = True
     hidden: int = 0
@@ -262,6 +277,7 @@ class Prompt(Options):
     module: ClassVar[str] = "virtual"
     kind: ClassVar[str] = "PromptMethod"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_names: ClassVar[str] = "n_virtual=num_virtual_tokens init=prompt_tuning_init"
     n_virtual: int = 20
     init: str = "vocab"
 
@@ -285,6 +301,10 @@ class PTuning(Options):
     module: ClassVar[str] = "virtual"
     kind: ClassVar[str] = "PTuningMethod"
     peft_type: ClassVar[str] = "P_TUNING"
+    peft_names: ClassVar[str] = (
+        "n_virtual=num_virtual_tokens encoder=encoder_reparameterization_type hidden=encoder_hidden_size "
+        "layers=encoder_num_layers dropout=encoder_dropout"
+    )
     n_virtual: int = 20
     encoder: str = "mlp"
     hidden: int = 0

@@ -124,6 +124,8 @@ class Encoded(Virtual):
 class VirtualMethod(adapter.Method):
     """What the four have in common; each makes its own `Virtual`."""
 
+    prefix = ""
+
     def attach(self, dtype: torch.dtype, tensors: dict[str, Tensor] | None) -> None:
         model = self.model
         if model.virtual is not None:
@@ -156,13 +158,8 @@ class VirtualMethod(adapter.Method):
 
     def config(self) -> dict[str, Any]:
         c = self.model.config
-        return {
-            "num_virtual_tokens": self.options.n_virtual,
-            "num_transformer_submodules": 1,
-            "num_layers": c.n_layer,
-            "num_attention_heads": c.n_head,
-            "token_dim": c.n_embd,
-        }
+        sizes = {"num_layers": c.n_layer, "num_attention_heads": c.n_head, "token_dim": c.n_embd}
+        return {**super().config(), **sizes, "num_transformer_submodules": 1}
 
 
 class PromptMethod(VirtualMethod):
@@ -174,7 +171,7 @@ class PromptMethod(VirtualMethod):
         return Plain(self.model.embed(ids.to(self.model.device)).detach().float())
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "prompt_tuning_init": "RANDOM"}
+        return {**super().config(), "prompt_tuning_init": "RANDOM"}  # our names of it mean nothing to PEFT
 
     @classmethod
     def read(cls, kind: type[Prompt], config: dict[str, Any]) -> Prompt:
@@ -194,23 +191,12 @@ class PTuningMethod(VirtualMethod):
 
     def config(self) -> dict[str, Any]:
         o: PTuning = self.options
-        own = {
-            "encoder_reparameterization_type": o.encoder.upper(),
-            "encoder_hidden_size": o.hidden or self.model.config.n_embd,
-            "encoder_num_layers": o.layers,
-            "encoder_dropout": o.dropout,
-        }
-        return {**super().config(), **own}
+        own = {"encoder_reparameterization_type": o.encoder.upper()}
+        return {**super().config(), **own, "encoder_hidden_size": o.hidden or self.model.config.n_embd}
 
     @classmethod
     def read(cls, kind: type[PTuning], config: dict[str, Any]) -> PTuning:
-        return kind(
-            config["num_virtual_tokens"],
-            config.get("encoder_reparameterization_type", "MLP").lower(),
-            config.get("encoder_hidden_size") or 0,
-            config.get("encoder_num_layers", 2),
-            config.get("encoder_dropout", 0.0),
-        )
+        return super().read(kind, {k: v.lower() if k.endswith("_type") else v for k, v in config.items()})
 
 
 class PrefixMethod(VirtualMethod):
@@ -237,16 +223,8 @@ class PrefixMethod(VirtualMethod):
         return Encoded(o.n_virtual, width, head, None, self.shape)
 
     def config(self) -> dict[str, Any]:
-        o: Prefix = self.options
         heads = {"num_attention_heads": self.model.config.n_kv_head, "token_dim": self.width}
-        own = {"prefix_projection": o.projection, "encoder_hidden_size": o.hidden or self.width}
-        return {**super().config(), **heads, **own}
-
-    @classmethod
-    def read(cls, kind: type[Prefix], config: dict[str, Any]) -> Prefix:
-        return kind(
-            config["num_virtual_tokens"], config.get("prefix_projection", False), config.get("encoder_hidden_size") or 0
-        )
+        return {**super().config(), **heads, "encoder_hidden_size": self.options.hidden or self.width}
 
 
 def mlp(*widths: int) -> nn.Sequential:

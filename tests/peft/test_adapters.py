@@ -1,0 +1,333 @@
+"""What every method keeps to, in PEFT or not: what trains, what stays, files, merging, generation, bad input."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from pagoda.cli import main
+from pagoda.common import PagodaError
+from pagoda.engine.generate import Generator
+from pagoda.engine.options import Sampling
+from pagoda.models.batch import Batch, Cache
+from pagoda.models.layers import dense, weights_of
+from pagoda.models.loader import load
+from pagoda.ops.formats import PackedWeight
+from pagoda.peft import adapter
+from pagoda.peft.files import load_adapter, save_adapter
+from pagoda.peft.options import METHODS, BitFit, Houlsby, LoRA, Parallel, Pfeiffer, Prefix, Prompt, named
+
+FAMILIES = ("llama", "gpt_neox", "gpt2")
+SMALL = {
+    "lora": dict(rank=3, dropout=0.1, plus_ratio=4.0),
+    "qlora": dict(rank=3, dora=True, targets="all-linear"),
+    "adalora": dict(rank=2, init_rank=3, total_steps=9),
+    "prefix": dict(n_virtual=3),
+    "prompt": dict(n_virtual=3),
+    "p_tuning": dict(n_virtual=3),
+    "p_tuning_v2": dict(n_virtual=3),
+    **dict.fromkeys(("houlsby", "pfeiffer", "parallel"), dict(size=6)),
+    **dict.fromkeys(("llama_adapter", "adapter_v2"), dict(length=4, layers=1)),
+}
+COMBINATIONS = {"mam": "prefix,parallel", "unipelt": "lora,prefix,pfeiffer", "both": "lora,prompt"}
+WORDS = [*METHODS, *COMBINATIONS]
+CASES = [(f, m) for f in FAMILIES for m in WORDS if (f, m) != ("llama", "bitfit")]
+CASES += [("mixtral", "lora"), ("mixtral", "houlsby"), ("qwen2", "bitfit"), ("gemma3", "llama_adapter")]
+
+
+def options(word):
+    return [METHODS[name](**SMALL.get(name, {})) for name in named(COMBINATIONS.get(word, word))]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Loads a tiny base by family; each is written once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def get(family, **how):
+        if not (root / family).exists():
+            tiny.saved(family, root / family)
+        return load(root / family, **how)
+
+    get.root = root
+    return get
+
+
+def worn(base, family, word, **how):
+    """A model whose adapter has been moved away from where it starts."""
+    torch.manual_seed(1)
+    model = adapter.attach(base(family, **how), options(word))
+    with torch.no_grad():
+        for _, p in adapter.trainable_parameters(model):
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def step_of(model, optimizer, step):
+    ids = tiny.prompt(24)
+    batch = Batch.of([10, 14])
+    loss = model(ids, batch, targets=ids.roll(-1)).mean()
+    (loss + adapter.extra_loss(model)).backward()
+    optimizer.step()
+    adapter.after_step(model, step)
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize(("family", "word"), CASES)
+def test_training_moves_the_adapter_and_nothing_else(base, family, word, tmp_path):
+    model = adapter.attach(base(family), options(word)).train()
+    trains = dict(adapter.trainable_parameters(model))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rates = [{"params": [p for _, p in g["params"]], "lr": 1e-2 * g["lr_scale"]} for g in adapter.groups(model)]
+    assert sum(len(g["params"]) for g in rates) == len(trains)
+    optimizer = torch.optim.Adam(rates)
+    losses = [step_of(model, optimizer, step) for step in range(6)]
+    assert losses[-1] < losses[0]
+    own = {id(p) for m in adapter.adapters(model) for p in m.named().values()}
+    for name, p in model.named_parameters():
+        assert (id(p) in own) == (name in trains), name
+        assert name in trains or torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in trains.items())
+
+    save_adapter(model, tmp_path / "a", "base")
+    again = load_adapter(base(family), tmp_path / "a")
+    assert not adapter.trainable_parameters(again)
+    ids = tiny.prompt(9)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), model.eval()(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("word", ["lora", "qlora", "adalora", "ia3", "bitfit"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "qwen2"])
+def test_merged_is_what_was_worn(base, family, word, tmp_path):
+    model = worn(base, family, word)
+    ids = tiny.prompt(12)
+    with torch.no_grad():
+        expected = model(ids)
+        adapter.merge(model)
+        torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+    assert not adapter.adapters(model)
+    assert {n for n, _ in weights_of(model)} == {n for n, _ in weights_of(base(family))}
+
+
+@pytest.mark.parametrize("word", ["prefix", "prompt", "houlsby", "llama_adapter", "adapter_v2", "unipelt"])
+def test_what_cannot_be_merged_says_so_and_stays(base, word):
+    model = worn(base, "llama", word)
+    ids = tiny.prompt(12)
+    with torch.no_grad():
+        expected = model(ids)
+        with pytest.raises(PagodaError, match="cannot be merged"):
+            adapter.merge(model)
+        assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.parametrize("word", [w for w in WORDS if w not in ("bitfit", "qlora")])
+@pytest.mark.parametrize("family", ["llama-dynamic", "gpt2", "bloom", "mistral-window"])
+def test_generation_with_a_cache_is_generation_without(base, family, word):
+    model = worn(base, family, word)
+    prompts = [tiny.prompt(n, seed=n).tolist() for n in (5, 9)]
+    greedy = Sampling(max_new_tokens=6, temperature=0)
+    new = [[], []]
+    for index, token in Generator(model, prompts, [greedy, greedy], torch.float32):
+        new[index].append(token)
+    for prompt, tokens in zip(prompts, new):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in tokens:
+                ids.append(int(model(torch.tensor(ids))[-1].argmax()))
+        assert ids[len(prompt) :] == tokens
+
+
+@pytest.mark.parametrize("word", ["prefix", "prompt"])
+def test_a_prompt_that_goes_in_by_chunks_meets_its_virtual_tokens_once(base, word):
+    model = worn(base, "llama", word)
+    ids = tiny.prompt(12)
+    cache = Cache(model.cache_specs(), 2, 16, torch.float32, torch.device("cpu"))
+    table, n = torch.tensor([[1, 0]], dtype=torch.int32), model.n_virtual
+    slots = torch.tensor([(16, 0)[p // 16] + p % 16 for p in range(n, n + 12)])
+    with torch.no_grad():
+        parts = [
+            model(ids[a:b], Batch.of([b - a], past=[n + a], cache=cache, slots=slots[a:b], block_table=table))
+            for a, b in ((0, 5), (5, 6), (6, 12))
+        ]
+        torch.testing.assert_close(torch.cat(parts), model(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "int4"])
+@pytest.mark.parametrize("word", ["lora", "qlora", "ia3", "prefix"])
+def test_a_packed_base_gives_the_gradients_of_its_dequantized_self(base, word, format):
+    packed = worn(base, "llama", word, quantize=format)
+    plain = worn(base, "llama", word, quantize=format)
+    for name, w in list(weights_of(plain)):
+        if isinstance(w, PackedWeight):
+            module = plain.get_submodule(name.rpartition(".")[0])
+            del module.weight
+            module.weight = torch.nn.Parameter(dense(w, torch.float32), requires_grad=False)
+            packed.get_submodule(name.rpartition(".")[0]).weight.exact = True
+    bits = {n: t.clone() for n, t in packed.named_buffers()}
+    ids = tiny.prompt(12)
+    for model in (packed, plain):
+        model(ids, targets=ids.roll(-1)).mean().backward()
+    for (name, p), (_, q) in zip(adapter.trainable_parameters(packed), adapter.trainable_parameters(plain)):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert all(torch.equal(t, bits[n]) for n, t in packed.named_buffers())
+
+
+def test_merging_into_a_packed_base_gives_plain_weights(base):
+    model = worn(base, "llama", "lora", quantize="nf4")
+    assert isinstance(model.layers[0].mlp.up_proj.weight, PackedWeight)
+    ids = tiny.prompt(12)
+    with torch.no_grad():
+        expected = model(ids)
+        adapter.merge(model)
+        torch.testing.assert_close(model(ids), expected, rtol=2e-2, atol=2e-2)
+    assert not isinstance(model.layers[0].mlp.up_proj.weight, PackedWeight)
+
+
+def test_dropout_is_that_of_the_seed(base):
+    model = adapter.attach(base("llama"), LoRA(dropout=0.5))
+    adapter.adapters(model)[0].layers["model.layers.0.mlp.up_proj"].lora_B.data.fill_(1.0)
+    ids = tiny.prompt(12)
+
+    def logits(seed):
+        torch.manual_seed(seed)
+        return model(ids).detach()
+
+    model.train()
+    assert torch.equal(logits(1), logits(1))
+    assert not torch.equal(logits(1), logits(2))
+    model.eval()
+    assert torch.equal(logits(1), logits(2))
+
+
+def test_lora_plus_trains_b_faster(base):
+    model = adapter.attach(base("llama"), LoRA(plus_ratio=16.0))
+    slow, fast = sorted(adapter.groups(model), key=lambda g: g["lr_scale"])
+    assert (slow["lr_scale"], fast["lr_scale"]) == (1.0, 16.0)
+    assert all(name.endswith("lora_A") for name, _ in slow["params"])
+    assert all(name.endswith("lora_B") for name, _ in fast["params"])
+
+
+@pytest.mark.parametrize("word", ["houlsby", "pfeiffer", "parallel", "llama_adapter", "lora", "ia3", "adapter_v2"])
+def test_a_fresh_adapter_changes_nothing(base, word):
+    ids = tiny.prompt(12)
+    with torch.no_grad():
+        model = base("gpt_neox")
+        expected = model(ids)
+        torch.testing.assert_close(adapter.attach(model, options(word))(ids), expected)
+
+
+def test_a_bottleneck_is_its_formula(base):
+    """Houlsby: y + up(gelu(down(y))); beside the MLP: y + 4 up(relu(down(x))), here by hooks of the test's own."""
+    for kind, places in ((Houlsby, ("attn", "mlp")), (Pfeiffer, ("mlp",)), (Parallel, ("mlp",))):
+        model = adapter.attach(base("llama"), kind(size=5))
+        plain = base("llama")
+        with torch.no_grad():
+            for method in adapter.adapters(model):
+                for path, b in method.bottlenecks.items():
+                    for p in b.parameters():
+                        p.add_(0.1 * torch.randn_like(p))
+
+                    def hook(module, args, y, b=copy.deepcopy(b)):
+                        if kind is Parallel:
+                            return y + 4 * b.up(torch.relu(b.down(args[0])))
+                        return y + b.up(torch.nn.functional.gelu(b.down(y)))
+
+                    assert path.split(".")[2] in places
+                    plain.get_submodule(path.rpartition(".")[0]).register_forward_hook(hook)
+            ids = tiny.prompt(12)
+            torch.testing.assert_close(model(ids), plain(ids))
+
+
+@pytest.mark.parametrize(
+    ("family", "worn", "words"),
+    [
+        ("llama", LoRA(targets="q_prj"), "no linear layer matches 'q_prj'; did you mean 'q_proj'"),
+        (
+            "llama",
+            LoRA(targets="all_linear"),
+            "there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
+        ("llama", LoRA(targets="q_proj,(("), "'((' is not a regular expression"),
+        ("llama", BitFit(), "this Llama has no biases"),
+        ("opt-350m", Prompt(), "virtual tokens do not fit this OPT"),
+        ("llama", [Prompt(), Prefix()], "one method of virtual tokens"),
+        ("llama", [LoRA(), LoRA()], "two of these methods want the same linear layer"),
+        ("llama", METHODS["llama_adapter"](layers=9), "layers is 9, but the model has 2"),
+        ("llama", METHODS["adalora"](), "total_steps"),
+    ],
+)
+def test_what_a_family_cannot_wear(base, family, worn, words):
+    with pytest.raises(PagodaError) as e:
+        adapter.attach(base(family), worn)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LoRA(rank=0), "rank must be a whole number above 0"),
+        (lambda: LoRA(dropout=1.0), "dropout must be at least 0 and below 1"),
+        (lambda: Prompt(init="text"), "init is vocab or random"),
+        (lambda: named("lorra"), "unknown method 'lorra'; did you mean 'lora'"),
+    ],
+)
+def test_options_that_make_no_sense(make, words):
+    with pytest.raises(PagodaError) as e:
+        make()
+    assert words in str(e.value)
+
+
+def edited(path, **config):
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+
+
+def drop(path, name):
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file({n: t for n, t in tensors.items() if name not in n}, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda p: (p / "adapter_config.json").unlink(), "no adapter_config.json there; an adapter is a directory"),
+        (lambda p: (p / "adapter_model.safetensors").unlink(), "no file adapter_model.safetensors there"),
+        (lambda p: (p / "adapter_model.safetensors").write_bytes(b"12345678"), "not a readable safetensors file"),
+        (lambda p: edited(p, peft_type="VERA"), "peft_type 'VERA' is not supported; there are"),
+        (lambda p: edited(p, modules_to_save=["lm_head"]), "modules_to_save = ['lm_head'] is not supported"),
+        (lambda p: edited(p, lora_alpha=None), "'lora_alpha' is missing"),
+        (lambda p: drop(p, "layers.0.mlp.up_proj.lora_B"), "lacks model.layers.0.mlp.up_proj.lora_B.weight"),
+    ],
+)
+def test_a_spoiled_adapter(base, spoil, words, tmp_path):
+    save_adapter(worn(base, "llama", "lora"), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(PagodaError) as e:
+        load_adapter(base("llama"), tmp_path)
+    assert words in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gemma3", "model.layers.0.self_attn.k_proj.lora_B.weight has shape (16, 3), this Gemma3 takes (32, 3)"),
+        ("gpt2", "this GPT2 has no layer model.layers.0.mlp.down_proj"),
+    ],
+)
+def test_an_adapter_for_another_model(base, family, words, tmp_path):
+    save_adapter(worn(base, "llama", "lora"), tmp_path)
+    with pytest.raises(PagodaError) as e:
+        load_adapter(base(family), tmp_path)
+    assert "an adapter for another model" in str(e.value)
+    assert words in str(e.value)
+
+
+def test_an_adapter_for_a_deeper_model(base, tmp_path):
+    save_adapter(worn(base, "gemma2", "lora"), tmp_path)
+    with pytest.raises(PagodaError, match=r"layers\.2\S+ \(.*\), this Gemma has 2 layers"):
+        load_adapter(base("gemma"), tmp_path)
