@@ -7,6 +7,7 @@ written behind it, and a line that a crash left half-written.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -60,7 +61,7 @@ class Watcher:
         self.wandb = open_wandb(path, wandb) if wandb else None
         path.mkdir(parents=True, exist_ok=True)
         forget_after(path / METRICS, step)
-        self.file = (path / METRICS).open("a", encoding="utf-8")
+        self.file = (path / METRICS).open("ab", buffering=0)  # a line is with the system when it is written
         self.bar = open_bar(step, last_step)
 
     def step(self, step: int, **record: float) -> None:
@@ -120,8 +121,9 @@ class Watcher:
         # JSON knows neither NaN nor infinity
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self.file.write(json.dumps(plain, ensure_ascii=False) + "\n")
-            self.file.flush()
+            line = json.dumps(plain, ensure_ascii=False).encode() + b"\n"
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             raise PagodaError(f"cannot write {self.file.name}: {e.strerror}") from None
         if self.tensorboard:
