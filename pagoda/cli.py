@@ -351,6 +351,36 @@ def plot(runs: list[str], out: Path | None = None, width: int = 80) -> None:
         note(f"wrote {out}")
 
 
+def merge(
+    base: str, adapter: Path, out: Path, dtype: str = "auto", quantize: str | None = None, max_shard_size: str = "5GB"
+) -> None:
+    """Fold an adapter into its base and write a plain Hugging Face directory. Says what the folding changed.
+
+    Args:
+        base: a name, a directory, a GGUF file or a Hub id.
+        adapter: a directory with adapter_config.json, ours or PEFT's.
+        out: the directory to write; it must not hold anything yet.
+        dtype: float32, bf16, float16, or auto for the base's own (bf16 for quantized GGUF weights).
+        quantize: what the base was packed to when the adapter was trained (nf4 for QLoRA, int8, int4); its rounded
+            weights are what the adapter is added to.
+        max_shard_size: the largest safetensors file, such as 500MB or 5GB.
+    """
+    from pagoda.common import parse_bytes, resolve_dtype
+    from pagoda.data.tokenizer import load_tokenizer
+    from pagoda.models.download import resolve
+    from pagoda.models.loader import load, save
+    from pagoda.peft.adapter import merge_and_compare
+    from pagoda.peft.files import load_adapter
+
+    size = parse_bytes(max_shard_size)
+    path = resolve(base)
+    model = load_adapter(load(path, None if dtype == "auto" else resolve_dtype(dtype), quantize=quantize), adapter)
+    change, size_of_logits = merge_and_compare(model)
+    save(model, out, max_shard_bytes=size, beside=load_tokenizer(path).save)
+    note(f"the merged model's logits differ by {change:.1g} on average, where a logit is {size_of_logits:.1f}")
+    print(out)
+
+
 def env() -> None:
     """Say what this installation runs on: versions, devices, the kernels in use."""
     import platform
@@ -382,6 +412,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "data show": data_show,
     "plot": plot,
+    "merge": merge,
     "env": env,
 }
 # Parameters whose fields are options of their own; NESTED with the parameter's name in front: --train.lr

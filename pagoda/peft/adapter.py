@@ -200,10 +200,11 @@ def merge(model: GPT) -> GPT:
 
 
 @torch.no_grad()
-def merge_and_compare(model: GPT, n_tokens: int = 64) -> tuple[float, float]:
+def merge_and_compare(model: GPT) -> tuple[float, float]:
     """`merge`, and what it costs: the mean change of a logit over some tokens, and the mean size of a logit. Beyond
     float32's rounding there is a change where weights are narrower: the merged ones are rounded once more."""
-    tokens = torch.arange(n_tokens, device=model.device) * 7919 % model.config.vocab_size
+    n = min(64, model.config.block_size - model.n_virtual)
+    tokens = torch.arange(n, device=model.device) * 7919 % model.config.vocab_size
     before = model(tokens).float()
     after = merge(model)(tokens).float()
     return (after - before).abs().mean().item(), before.abs().mean().item()

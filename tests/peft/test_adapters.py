@@ -1,12 +1,15 @@
 """What every method keeps to, in PEFT or not: what trains, what stays, files, merging, generation, bad input."""
 
-import copy
 import json
 
+import peft
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from pagoda.cli import main
 from pagoda.common import PagodaError
@@ -29,8 +32,8 @@ SMALL = {
     "prompt": dict(n_virtual=3),
     "p_tuning": dict(n_virtual=3),
     "p_tuning_v2": dict(n_virtual=3),
-    **dict.fromkeys(("houlsby", "pfeiffer", "parallel"), dict(size=6)),
-    **dict.fromkeys(("llama_adapter", "adapter_v2"), dict(length=4, layers=1)),
+    **{name: dict(size=6) for name in ("houlsby", "pfeiffer", "parallel")},
+    **{name: dict(length=4, layers=1) for name in ("llama_adapter", "adapter_v2")},
 }
 COMBINATIONS = {"mam": "prefix,parallel", "unipelt": "lora,prefix,pfeiffer", "both": "lora,prompt"}
 WORDS = [*METHODS, *COMBINATIONS]
@@ -221,26 +224,30 @@ def test_a_fresh_adapter_changes_nothing(base, word):
         torch.testing.assert_close(adapter.attach(model, options(word))(ids), expected)
 
 
-def test_a_bottleneck_is_its_formula(base):
-    """Houlsby: y + up(gelu(down(y))); beside the MLP: y + 4 up(relu(down(x))), here by hooks of the test's own."""
-    for kind, places in ((Houlsby, ("attn", "mlp")), (Pfeiffer, ("mlp",)), (Parallel, ("mlp",))):
-        model = adapter.attach(base("llama"), kind(size=5))
-        plain = base("llama")
-        with torch.no_grad():
-            for method in adapter.adapters(model):
-                for path, b in method.bottlenecks.items():
-                    for p in b.parameters():
-                        p.add_(0.1 * torch.randn_like(p))
+def behind(bottleneck, x, y):
+    return y + bottleneck.up(torch.nn.functional.gelu(bottleneck.down(y)))
 
-                    def hook(module, args, y, b=copy.deepcopy(b)):
-                        if kind is Parallel:
-                            return y + 4 * b.up(torch.relu(b.down(args[0])))
-                        return y + b.up(torch.nn.functional.gelu(b.down(y)))
 
-                    assert path.split(".")[2] in places
-                    plain.get_submodule(path.rpartition(".")[0]).register_forward_hook(hook)
-            ids = tiny.prompt(12)
-            torch.testing.assert_close(model(ids), plain(ids))
+def beside(bottleneck, x, y):
+    return y + 4 * bottleneck.up(torch.relu(bottleneck.down(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "places", "formula"),
+    [(Houlsby, {"attn", "mlp"}, behind), (Pfeiffer, {"mlp"}, behind), (Parallel, {"mlp"}, beside)],
+)
+@torch.no_grad()
+def test_a_bottleneck_is_its_formula(base, kind, places, formula):
+    model, plain = adapter.attach(base("llama"), kind(size=5)), base("llama")
+    bottlenecks = adapter.adapters(model)[0].bottlenecks
+    assert {path.split(".")[2] for path in bottlenecks} == places
+    for path, bottleneck in bottlenecks.items():
+        for p in bottleneck.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        module = plain.get_submodule(path.rpartition(".")[0])
+        module.register_forward_hook(lambda _, args, y, b=bottleneck: formula(b, args[0], y))
+    ids = tiny.prompt(12)
+    torch.testing.assert_close(model(ids), plain(ids))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +257,7 @@ def test_a_bottleneck_is_its_formula(base):
         (
             "llama",
             LoRA(targets="all_linear"),
-            "there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+            "; there are q_proj, k_proj, v_proj, o_proj, gate_proj",
         ),
         ("llama", LoRA(targets="q_proj,(("), "'((' is not a regular expression"),
         ("llama", BitFit(), "this Llama has no biases"),
@@ -331,3 +338,59 @@ def test_an_adapter_for_a_deeper_model(base, tmp_path):
     save_adapter(worn(base, "gemma2", "lora"), tmp_path)
     with pytest.raises(PagodaError, match=r"layers\.2\S+ \(.*\), this Gemma has 2 layers"):
         load_adapter(base("gemma"), tmp_path)
+
+
+@pytest.fixture
+def merging(base, tmp_path):
+    """A base with a tokenizer, and an adapter for it: the arguments of `pagoda merge`."""
+    worn_model = worn(base, "gpt2", "lora")
+    Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0")).save(str(base.root / "gpt2/tokenizer.json"))
+    save_adapter(worn_model, tmp_path / "adapter", "gpt2")
+    return [str(base.root / "gpt2"), str(tmp_path / "adapter"), str(tmp_path / "out")]
+
+
+@torch.no_grad()
+def test_merge_writes_a_directory_that_transformers_opens(merging, capsys):
+    _, dir, out = merging
+    assert main(["merge", *merging]) == 0
+    printed, said = capsys.readouterr()
+    assert printed.strip() == out
+    assert "logits differ by" in said
+    expected = peft.PeftModel.from_pretrained(tiny.make("gpt2"), dir)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = tiny.prompt(12)[None]
+    torch.testing.assert_close(merged(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("w7") == 7
+
+
+@torch.no_grad()
+def test_merge_from_a_quantized_base_keeps_its_rounded_weights(merging, base, capsys):
+    assert main(["merge", *merging, "--quantize", "nf4"]) == 0
+    expected = load_adapter(base("gpt2", quantize="nf4"), merging[1])
+    expected.head.weight.exact = True  # its kernel would round the activations
+    ids = tiny.prompt(12)
+    torch.testing.assert_close(load(merging[2])(ids), expected(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda src, dir, out: ["{tmp}/nowhere", dir, out], "nowhere"),
+        (lambda src, dir, out: [src, src, out], "no adapter_config.json there"),
+        (lambda src, dir, out: [src, dir, src], "exists already"),
+        (lambda src, dir, out: [src, dir, out, "--dtype", "int3"], "unknown dtype"),
+        (lambda src, dir, out: [src, dir, out, "--quantize", "int3"], "unknown quantization"),
+    ],
+)
+def test_mistakes_in_merging_cost_one_line(merging, spoil, words, tmp_path, capsys):
+    assert main(["merge", *(a.format(tmp=tmp_path) for a in spoil(*merging))]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_what_cannot_be_merged_costs_one_line(merging, base, tmp_path, capsys):
+    save_adapter(worn(base, "gpt2", "prefix"), tmp_path / "prefix")
+    assert main(["merge", merging[0], str(tmp_path / "prefix"), merging[2]]) == 2
+    assert "PREFIX_TUNING cannot be merged into the weights" in capsys.readouterr().err
