@@ -54,7 +54,11 @@ def make_optimizer(
     for group in groups:
         group["lr_scale"] = 1.0
         for p in group["params"]:
-            if isinstance(p, DTensor) and any(x not in (Shard(0), Replicate()) for x in p.placements):
+            if (
+                name != "adamw"
+                and isinstance(p, DTensor)
+                and any(x not in (Shard(0), Replicate()) for x in p.placements)
+            ):
                 raise PagodaError(
                     f"{name} works on parameters sharded by rows, not {p.placements}: use --optimizer adamw"
                 )
@@ -433,26 +437,29 @@ class Muon(Optimizer):
     def update(self, whole: Tensor, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict) -> None:
         if not group["special"]:
             return adam_update(p, g, state, group)
-        m, lr = state["momentum_buffer"], group["lr"]
+        m = state["momentum_buffer"]
         m.lerp_(g, 1 - 0.95)
-        scale = 0.2 * math.sqrt(max(whole.shape[-2:]))
-        p.mul_(1 - lr * group["weight_decay"])
         if p.dim() == 2:
-            update = gathered(g.lerp(m, 0.95).to(ns_dtype(p)), whole)
-            p.add_(own_rows(orthogonal(update), whole), alpha=-lr * scale)
-            return
+            update = orthogonal(gathered(g.lerp(m, 0.95).to(ns_dtype(p)), whole))
+            return self.move(p, own_rows(update, whole), max(whole.shape), group)
         p, g, m = (t.flatten(0, -3) for t in (p, g, m))
         n = max(1, CHUNK // p[0].numel()) if len(p) else 1
         for p_, g_, m_ in zip(p.split(n), g.split(n), m.split(n)):
-            p_.add_(orthogonal(g_.lerp(m_, 0.95).to(ns_dtype(p))), alpha=-lr * scale)
+            self.move(p_, orthogonal(g_.lerp(m_, 0.95).to(ns_dtype(p))), max(p.shape[-2:]), group)
+
+    def move(self, p: Tensor, update: Tensor, length: int, group: dict) -> None:
+        """Rows of matrices whose longer side is `length`, rounded once."""
+        rate = group["lr"] * 0.2 * math.sqrt(length)
+        for p_, u_ in chunks(p, update):
+            p_.copy_(p_.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(u_, alpha=-rate))
 
     @staticmethod
     def temporary(p: Tensor, shard: Tensor, group: dict) -> int:
         if not group["special"]:
-            return 4 * 4 * chunk_elements(shard)
+            return (2 if p.dtype == torch.float32 else 6) * 4 * chunk_elements(shard)
         rows, columns = p.shape[-2:]
         n = 1 if p.dim() == 2 else max(1, min(CHUNK // (rows * columns), shard.shape[:-2].numel()))
-        return n * (3 * rows * columns + 2 * min(rows, columns) ** 2) * 4
+        return 4 * (n * (3 * rows * columns + 2 * min(rows, columns) ** 2) + 2 * chunk_elements(shard))
 
 
 def ns_dtype(p: Tensor) -> torch.dtype:
