@@ -335,6 +335,24 @@ def test_parquet_drops_the_fields_that_arrow_adds(tmp_path):
     assert [row for _, row in read_rows(tmp_path / "a.parquet")] == [{"messages": chat}]
 
 
+def test_a_hub_data_set_is_named_with_its_parts(monkeypatch):
+    import datasets
+
+    def load_dataset(*names, **options):
+        if names[0] == "org/none":
+            raise FileNotFoundError("no connection\nat all")
+        return datasets.Dataset.from_list([{"asked": [*names, options["revision"], options["split"]]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source, asked in (
+        ("org/name", ["org/name", None, None, "train"]),
+        ("org/name/main@v1.0:test", ["org/name", "main", "v1.0", "test"]),
+    ):
+        assert list(read_rows(source)) == [(f"{source} row 1", {"asked": asked})]
+    with pytest.raises(PagodaError, match=r"hub's data set 'org/none' cannot be loaded \(no connection\); name it"):
+        list(read_rows("org/none"))
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 GOOD = json.dumps({"prompt": "q", "completion": "a"})
