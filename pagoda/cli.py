@@ -18,7 +18,8 @@ from pathlib import Path
 from pagoda.common import PagodaError, did_you_mean
 from pagoda.data.options import InstructionOptions, Preparation, Reading
 from pagoda.engine.options import Sampling, Weights
-from pagoda.train.options import Train
+from pagoda.peft.options import METHODS, Options
+from pagoda.train.options import Finetune, Train
 
 
 def generate(
@@ -381,6 +382,59 @@ def merge(
     print(out)
 
 
+def finetune(
+    model: str,
+    train: Finetune,
+    instructions: InstructionOptions,
+    methods: dict[str, Options],
+    data: str = "",
+    method: str = "lora",
+    out_dir: Path = Path("run"),
+    quantize: str | None = None,
+    val_data: str = "",
+    val_fraction: float = 0.05,
+    epochs: float = 3.0,
+    optimizer: str = "adamw",
+    seed: int = 0,
+    devices: int = 1,
+    device: str = "auto",
+    resume: str = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Train a model on instructions: all of its weights, or an adapter.
+
+    Args:
+        model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
+        train: how it is trained.
+        instructions: how rows become tokens.
+        methods: the options of each method.
+        data: a file, a folder or a Hub data set of instructions (`pagoda data show` shows how it is read).
+        method: full, lora, qlora, adalora, ia3, bitfit, houlsby, pfeiffer, parallel, llama_adapter, adapter_v2, prefix,
+            prompt, p_tuning or p_tuning_v2; several adapters with commas between.
+        out_dir: the folder of the run.
+        quantize: pack the frozen base of an adapter to int8, int4 or nf4 (qlora: nf4).
+        val_data: validation data of its own.
+        val_fraction: else this much of the data is held out (0: none).
+        epochs: how often the data is seen (0: as train.max_steps says).
+        optimizer: adamw, adamw8bit, lion, adafactor or muon.
+        seed: of the adapter's first weights and of the order of the data.
+        devices: processes on this machine (for several machines use torchrun).
+        device: cpu, cuda, mps, or auto for the first accelerator that is there.
+        resume: auto goes on where the run has a checkpoint; no wants a new run; must wants a checkpoint.
+        dry_run: say what the run will need, and stop.
+    """
+    from pagoda.train.finetune import finetune as start
+
+    if not data:
+        raise PagodaError("no data: give --data FILE (`pagoda data show FILE --tokenizer MODEL` shows how it is read)")
+    done = start(
+        model, data, out_dir, train, instructions, methods, method, quantize, val_data, val_fraction, epochs,
+        optimizer, seed, device, resume, dry_run,
+    )  # fmt: skip
+    if done:
+        print(done)
+
+
 def env() -> None:
     """Say what this installation runs on: versions, devices, the kernels in use."""
     import platform
@@ -410,15 +464,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer train": tokenizer_train,
     "tokenizer extend": tokenizer_extend,
     "pretrain": pretrain,
+    "finetune": finetune,
     "data show": data_show,
     "plot": plot,
     "merge": merge,
     "env": env,
 }
-# Parameters whose fields are options of their own; NESTED with the parameter's name in front: --train.lr
+# Parameters whose fields are options of their own; NESTED, by their type, with their name in front: --train.lr
 GROUPS = {"sampling": Sampling, "weights": Weights, "instructions": InstructionOptions}
 GROUPS |= {"reading": Reading, "preparation": Preparation}
-NESTED = {"train": Train}
+NESTED = {"Train": Train, "Finetune": Finetune}
 
 
 def note(text: str) -> None:
@@ -449,17 +504,21 @@ def run(command: str, args: list[str]) -> None:
     parser = ArgumentParser(prog=f"pagoda {command}", description=inspect.getdoc(function).split("\nArgs:")[0].strip())
     parser.exit_on_error = False
     parser.add_argument("--config", action="config", help="a YAML file with these options")
-    parser.add_function_arguments(function, as_positional=True, skip={*GROUPS, *NESTED}, as_group=False)
     parameters = inspect.signature(function).parameters
     groups = {name: options for name, options in GROUPS.items() if name in parameters}
-    nested = {name: options for name, options in NESTED.items() if name in parameters}
+    nested = {name: NESTED[p.annotation] for name, p in parameters.items() if p.annotation in NESTED}
+    methods = {name: options for name, options in METHODS.items() if "methods" in parameters and name != "qlora"}
+    parser.add_function_arguments(function, as_positional=True, skip={*groups, *nested, "methods"}, as_group=False)
     for group in groups.values():
         parser.add_class_arguments(group, as_group=False)
-    for name, group in nested.items():
+    dotted = {**nested, **methods}
+    for name, group in dotted.items():
         parser.add_class_arguments(group, name)
     kinds = {f"--{name}": p.annotation for name, p in parameters.items()}
     kinds |= {f"--{f.name}": f.type for group in groups.values() for f in dataclasses.fields(group)}
-    kinds |= {f"--{name}.{f.name}": f.type for name, group in nested.items() for f in dataclasses.fields(group)}
+    kinds |= {
+        f"--{name}.{f.name}": f.type for name, group in {**nested, **methods}.items() for f in dataclasses.fields(group)
+    }
     try:
         required = [p.annotation for p in parameters.values() if p.default is p.empty]
         options = vars(parser.parse_args(gather(spell_out(args, kinds), required)))
@@ -471,8 +530,11 @@ def run(command: str, args: list[str]) -> None:
             raise PagodaError(f"{option} must not be null (`pagoda {command} --help` lists the options)")
     for name, group in groups.items():
         options[name] = group(**{f.name: options.pop(f.name) for f in dataclasses.fields(group)})
-    for name, group in nested.items():
-        options[name] = group(**vars(options[name]))
+    for name, group in dotted.items():
+        options[name] = group(**vars(options[name])) if name in options else group()
+    if methods:
+        options["methods"] = {name: options.pop(name) for name in methods}
+        options["methods"]["qlora"] = options["methods"]["lora"]
     if options.get("devices", 1) > 1 and "RANK" not in os.environ:
         from pagoda.train.parallel import launch
 

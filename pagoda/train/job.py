@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from pagoda.common import PagodaError
@@ -20,7 +21,7 @@ from pagoda.models.download import resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import open_checkpoint, stream
 from pagoda.models.registry import from_hf_config, known_config
-from pagoda.train.loop import Job, last_step, to_device, train
+from pagoda.train.loop import Job, Method, last_step, to_device, train
 from pagoda.train.memory import check_memory
 from pagoda.train.objective import NextToken, Objective, Source
 from pagoda.train.optim import make_optimizer
@@ -73,48 +74,59 @@ def pretrain(
     else:
         start = None
         hf = {**known_config(model_name), **fitting_vocabulary(known_config(model_name), tokenizer)}
-    hf |= model_overrides or {}
+    hf |= {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (model_overrides or {}).items()}
+    with torch.device("meta"):
+        model = from_hf_config(hf, str(start or "the model's configuration"))
     run = Run(out_dir, options, workers, beside=tokenizer.save)
+    if not fits(model, optimizer, run, dry_run):
+        return None
+    checkpoint = run.open(config, source.fingerprint, resume)
+    weights = first_weights(model, checkpoint or start, seed)
     return start_job(
-        hf, start, source, validation, NextToken(options.z_loss), optimizer, options, run, tokenizer, config, resume,
-        dry_run, seed,
+        build(model, weights, options, workers), checkpoint, NextToken(options.z_loss), source, validation, optimizer,
+        run, tokenizer, seed,
     )  # fmt: skip
+
+
+def fits(model: GPT, optimizer: str, run: Run, dry_run: bool, dress: Callable[[GPT], None] | None = None) -> bool:
+    """Say what the run will need, and refuse what cannot work. False when that was all that was asked for."""
+    options = run.options
+    if options.seq_len > model.config.block_size:
+        raise PagodaError(f"train.seq_len {options.seq_len} exceeds the model's context of {model.config.block_size}")
+    report = check_memory(model, optimizer, options, run.workers, dress)
+    if run.workers.main:
+        print(report.table(), file=sys.stderr)
+    return not dry_run
 
 
 def start_job(
-    hf: dict[str, Any],
-    start: Path | None,
+    model: GPT,
+    checkpoint: Path | None,
+    objective: Objective,
     source: Source,
     validation: Source | None,
-    objective: Objective,
     optimizer: str,
-    options: Train,
     run: Run,
     tokenizer: Tokenizer,
-    config: dict[str, Any],
-    resume: str,
-    dry_run: bool,
     seed: int,
-) -> Path | None:
-    """Build what is missing, say what it will need, and train."""
-    workers = run.workers
+    method: Method | None = None,
+) -> Path:
+    """Train a model that has its weights, from a checkpoint's progress on if there is one. Returns the last checkpoint.
+
+    method: what finetuning wears the model with, as far as the loop must know
+    """
+    options, workers = run.options, run.workers
     torch.manual_seed(seed + workers.rank)
-    with torch.device("meta"):
-        model = from_hf_config(hf, str(start or "the model's configuration"))
-    if options.seq_len > model.config.block_size:
-        raise PagodaError(f"train.seq_len {options.seq_len} exceeds the model's context of {model.config.block_size}")
-    report = check_memory(model, optimizer, options, workers)
-    if workers.main:
-        print(report.table(), file=sys.stderr)
-    if dry_run:
-        return None
-    checkpoint = run.open(config, source.fingerprint, resume)
-    model = build(model, first_weights(model, checkpoint or start, seed), options, workers)
     optimize = make_optimizer(
-        optimizer, model.named_parameters(), options.lr, options.weight_decay, (options.beta1, options.beta2),
+        optimizer,
+        model.named_parameters(),
+        options.lr,
+        options.weight_decay,
+        (options.beta1, options.beta2),
         options.eps,
-    )  # fmt: skip
-    job = Job(model, optimize, objective, source, options, workers, run, watch=None)
+        **({"lr_scale": method.lr_scale} if method else {}),
+    )
+    job = Job(model, optimize, objective, source, options, workers, run, watch=None, method=method)
     if checkpoint is not None:
         job.progress = run.restore(checkpoint, model, optimize)
     compute = torch.float32 if options.precision == "float32" else torch.bfloat16

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -24,6 +25,19 @@ from pagoda.train.parallel import Workers
 from pagoda.train.run import Progress, Run, latest_checkpoint
 from pagoda.train.schedule import multiplier
 from pagoda.train.watch import Watcher, clock
+
+
+class Method(Protocol):
+    """What a way of finetuning wants of the loop."""
+
+    def lr_scale(self, name: str) -> float:
+        """What a parameter's learning rate is multiplied by."""
+
+    def extra_loss(self) -> torch.Tensor | float:
+        """Added to the mean loss of a step."""
+
+    def after_step(self, step: int) -> None:
+        """Called behind every step, the gradients still there."""
 
 
 @dataclass
@@ -39,7 +53,7 @@ class Job:
     run: Run
     watch: Watcher
     evaluate: Callable[[Job], dict[str, float | str]] | None = None  # at every interval: what metrics.jsonl shall say
-    after_step: Callable[[int], None] | None = None  # what a method does to the model behind every step
+    method: Method | None = None
     progress: Progress = field(default_factory=Progress)
 
 
@@ -49,7 +63,7 @@ def train(job: Job) -> Progress:
     Raises PagodaError when the loss is not a number, naming the step and the last good checkpoint.
     """
     o, progress, workers = job.options, job.progress, job.workers
-    last, saved, first = last_step(o), None, progress.step
+    last, saved, first, warm = last_step(o), None, progress.step, 0.0
     asked_to_stop = []
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     try:
@@ -63,8 +77,6 @@ def train(job: Job) -> Progress:
             if leave or (o.max_tokens and progress.tokens >= o.max_tokens):
                 break
             loss, norm, lr = step(job, rows, scored)
-            if job.after_step is not None:
-                job.after_step(progress.step)
             seconds = time.perf_counter() - start
             progress.step, progress.tokens = progress.step + 1, progress.tokens + int(tokens)
             progress.seconds += seconds
@@ -98,11 +110,15 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
     o, model, optimizer = job.options, job.model, job.optimizer
     total = 0.0
     for i, micro in enumerate(rows):
-        if job.workers.size > 1 and o.sharding == "none":  # replicas add their gradients up once
+        if hasattr(model, "reshard") and o.sharding == "none":  # replicas add their gradients up once
             model.set_requires_gradient_sync(i == len(rows) - 1)
         loss = job.objective(model, to_device(micro, job.workers.device)) / max(scored, 1)
+        if job.method is not None:
+            loss = loss + job.method.extra_loss() / (len(rows) * job.workers.size)
         (loss * job.workers.size).backward()  # the processes' gradients are averaged
         total += loss.detach()
+    if job.workers.size > 1 and not hasattr(model, "reshard"):
+        job.workers.average_gradients(model)
     norm = gradient_norm(model, o.clip)
     (loss,) = job.workers.sum(float(total))
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -116,6 +132,8 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
     optimizer.step()
+    if job.method is not None:
+        job.method.after_step(job.progress.step)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, lr
 

@@ -7,6 +7,7 @@ random weights and one row of tokens, and what autograd keeps of them; they grow
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,9 +52,14 @@ class Activations:
     rest: int
 
 
-def check_memory(model: GPT, optimizer: str, options: Train, workers: Workers) -> Memory:
-    """The estimate for a model (on the meta device is enough); PagodaError where the machine has less."""
-    kept = measure_activations(model, options, workers.device)
+def check_memory(
+    model: GPT, optimizer: str, options: Train, workers: Workers, dress: Callable[[GPT], None] | None = None
+) -> Memory:
+    """The estimate for a model (on the meta device is enough); PagodaError where the machine has less.
+
+    dress: what gives a small copy of the model the adapters, and the frozen weights, that the model itself has
+    """
+    kept = measure_activations(model, options, workers.device, dress)
     need = estimate(model, optimizer, options, workers, kept)
     have = available(workers.device) // (workers.size if workers.device.type == "cpu" else 1)
     if need.peak - need.program <= have:
@@ -89,19 +95,18 @@ def sizes_below(n: int) -> list[int]:
 def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activations) -> Memory:
     """See `Memory`. The peak comes at the start of the backward pass (all activations, the head's logits) or at its end
     (all gradients), whichever is more."""
-    n_all = sum(p.numel() for p in model.parameters())
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = 2 if o.precision == "bf16" else 4
+    stored = torch.float32 if o.precision != "bf16" else torch.bfloat16
     compute = 4 if o.precision == "float32" else 2
     shards = workers.size if o.sharding != "none" else 1
-    weights, gradients = n_all * stored // shards, n_trained * stored // shards
-    if workers.size > 1:  # gathered copies: of everything, or of two blocks and what is outside of them
+    trained = [(name, p.to(stored)) for name, p in model.named_parameters() if p.requires_grad]
+    state, moment = (f(optimizer, trained, shards) for f in (state_bytes, step_bytes))
+    gradients = sum(p.nbytes for _, p in trained) // shards
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+    weights = gradients + sum(t.nbytes for t in frozen)
+    if workers.size > 1 and not frozen:  # gathered copies: of everything, or of two blocks and what is outside of them
+        n_all = sum(p.numel() for p in model.parameters())
         layer = sum(p.numel() for p in model.layers[0].parameters())
-        outside = n_all - layer * len(model.layers)
-        weights += (n_all if o.sharding != "zero3" else outside + 2 * layer) * compute
-    dtype = torch.bfloat16 if o.precision == "bf16" else torch.float32
-    parameters = [(name, p.to(dtype)) for name, p in model.named_parameters() if p.requires_grad]
-    state, moment = (f(optimizer, parameters, shards) for f in (state_bytes, step_bytes))
+        weights += (n_all if o.sharding != "zero3" else n_all - layer * (len(model.layers) - 2)) * compute
     rows, n_layer = o.micro_batch_size, len(model.layers)
     n_tokens = rows * o.seq_len
     passed = n_tokens * model.config.n_embd * compute
@@ -118,8 +123,10 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     return Memory(program, weights, gradients, state, activations, logits, data, peak)
 
 
-def measure_activations(model: GPT, o: Train, device: torch.device) -> Activations:
-    one, two = (kept_bytes(shortened(model, n), o, device) for n in (1, 2))
+def measure_activations(
+    model: GPT, o: Train, device: torch.device, dress: Callable[[GPT], None] | None = None
+) -> Activations:
+    one, two = (kept_bytes(shortened(model, n), o, device, dress) for n in (1, 2))
     return Activations(two - one, 2 * one - two)
 
 
@@ -135,14 +142,16 @@ def shortened(model: GPT, n_layer: int) -> GPT:
         return type(model)(replace(c, vocab_size=min(c.vocab_size, 256), **layers))
 
 
-def kept_bytes(model: GPT, o: Train, device: torch.device) -> int:
+def kept_bytes(model: GPT, o: Train, device: torch.device, dress: Callable[[GPT], None] | None) -> int:
     """Bytes of one row that autograd keeps for the backward pass, parameters not counted."""
-    dtype = torch.bfloat16 if o.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if o.precision == "bf16" or (dress and o.precision == "mixed") else torch.float32
     for name, p in list(model.named_parameters()):
         module, _, leaf = name.rpartition(".")
         set_weight(model.get_submodule(module), leaf, nn.Parameter(torch.rand(p.shape, device=device).to(dtype) / 16))
     model.tie()
-    if o.precision == "mixed":
+    if dress is not None:
+        dress(model)
+    elif o.precision == "mixed":
         model.compute_dtype = torch.bfloat16
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -38,6 +38,7 @@ def make_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] | None = None,
     eps: float = 1e-8,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
     """An optimizer over those of the parameters that require gradients.
 
@@ -46,13 +47,13 @@ def make_optimizer(
     betas     of the averages of gradient and squared gradient; without it (0.9, 0.95), and (0.9, 0.99) for Lion.
               Adafactor has none of its own; Muon and its momentum of 0.95 leave them to its AdamW part
     eps       added to AdamW's denominator; Lion and Adafactor do without
+    lr_scale  of a parameter, by its name: what its learning rate is multiplied by
 
     Raises PagodaError for an unknown name, for nothing to train, and for shards that are no rows.
     """
     kind = optimizer_class(name)
-    groups = parameter_groups(name, named_parameters, weight_decay)
+    groups = parameter_groups(name, named_parameters, weight_decay, lr_scale)
     for group in groups:
-        group["lr_scale"] = 1.0
         for p in group["params"]:
             if (
                 name != "adamw"
@@ -70,9 +71,11 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)]
 
 
-def parameter_groups(name: str, named_parameters: Named, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    name: str, named_parameters: Named, weight_decay: float, lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict]:
     """Groups by weight decay and by `special`: what the optimizer has a rule for (8-bit states, Muon's matrices)."""
-    groups: dict[tuple[bool, bool], dict] = {}
+    groups: dict[tuple[bool, bool, float], dict] = {}
     for parameter_name, p in named_parameters:
         if not p.requires_grad:
             continue
@@ -83,8 +86,8 @@ def parameter_groups(name: str, named_parameters: Named, weight_decay: float) ->
             or (name == "muon" and not {"embed", "pos_embed", "head"} & set(parts))
         )
         decay = weight_decay if matrix else 0.0
-        group = groups.setdefault((matrix, special), {"params": [], "weight_decay": decay, "special": special})
-        group["params"].append(p)
+        told = {"weight_decay": decay, "special": special, "lr_scale": lr_scale(parameter_name)}
+        groups.setdefault((matrix, special, told["lr_scale"]), {"params": [], **told})["params"].append(p)
     if not groups:
         raise PagodaError("nothing to train: no parameter requires a gradient")
     return list(groups.values())

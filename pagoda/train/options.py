@@ -108,3 +108,18 @@ class Train:
         if not match:
             raise PagodaError(f"train.max_time: '{self.max_time}' is not a time: write 90s, 30m, 2h or 1d")
         return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+@dataclass
+class Finetune(Train):
+    __doc__ = (Train.__doc__ or "").replace(
+        "the highest learning rate.", "the highest learning rate (0: 2e-4 for adapters, 2e-5 for all weights)."
+    )
+    lr: float = 0.0
+    micro_batch_size: int = 2
+    warmup_steps: float = 0.05
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    save_interval: int = 200
+    eval_interval: int = 50

@@ -53,9 +53,19 @@ class Progress:
 class Run:
     """One run folder, seen from one process."""
 
-    def __init__(self, path: Path, options: Train, workers: Workers, beside: Callable[[Path], None] | None = None):
-        """beside writes into a checkpoint what belongs to the model besides its weights (the tokenizer)."""
+    def __init__(
+        self,
+        path: Path,
+        options: Train,
+        workers: Workers,
+        beside: Callable[[Path], None] | None = None,
+        save_adapter: Callable[[GPT, Path], None] | None = None,
+    ):
+        """beside        writes into a checkpoint what belongs to the model besides its weights (the tokenizer)
+        save_adapter  writes what trains where that is not the model; its parameters then are in the trainer's state
+        """
         self.path, self.options, self.workers, self.beside = path, options, workers, beside
+        self.save_adapter = save_adapter
 
     # The beginning
 
@@ -113,9 +123,9 @@ class Run:
             if self.workers.main:
                 shutil.rmtree(temporary, ignore_errors=True)
             self.workers.wait()
-            save(model, temporary, beside=self.beside, write=self.workers.main)
+            self._save_model(model, temporary)
             self.workers.wait()
-            state = {"optimizer": flatten_state(model, optimizer), "random": random_states(self.workers)}
+            state = self._state(model, optimizer)
             with quiet():
                 dcp.save(state, checkpoint_id=temporary / "trainer", no_dist=self.workers.size == 1)
             if self.workers.main:
@@ -138,6 +148,20 @@ class Run:
             ) from None
         return final
 
+    def _save_model(self, model: GPT, path: Path) -> None:
+        if self.save_adapter is None:
+            save(model, path, beside=self.beside, write=self.workers.main)
+        elif self.workers.main:
+            self.save_adapter(model, path)
+            if self.beside is not None:
+                self.beside(path)
+
+    def _state(self, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        state = {"optimizer": flatten_state(model, optimizer), "random": random_states(self.workers)}
+        if self.save_adapter is not None:
+            state["weights"] = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        return state
+
     def _prune(self, newest: int) -> None:
         steps = sorted(int(p.name.removeprefix("step-")) for p in (self.path / "checkpoints").glob("step-*"))
         keep = set(steps[-self.options.keep_last :]) | {newest}
@@ -148,9 +172,20 @@ class Run:
                 shutil.rmtree(self.path / "checkpoints" / f"step-{step}", ignore_errors=True)
 
     def restore(self, checkpoint: Path, model: GPT, optimizer: torch.optim.Optimizer) -> Progress:
-        """Optimizer, random states and progress of a checkpoint; the weights are read when the model is built."""
+        """Optimizer, random states and progress of a checkpoint, and what trains of a model with adapters; other
+        weights are read when the model is built. States are made and filled: no step has to make room for them."""
         told = json.loads((checkpoint / "trainer" / "progress.json").read_text(encoding="utf-8"))
-        load_state(checkpoint / "trainer", model, optimizer, told["groups"], self.workers)
+        for group, saved in zip(optimizer.param_groups, told["groups"]):
+            group.update(saved)
+            for p in group["params"]:
+                optimizer.state[p] = optimizer.new_state(p, group)
+        state = self._state(model, optimizer)
+        if self.workers.rank >= told["processes"]:
+            del state["random"]  # this process was not there
+        with quiet():
+            dcp.load(state, checkpoint_id=checkpoint / "trainer", no_dist=self.workers.size == 1)
+        if "random" in state:
+            torch.set_rng_state(state["random"][str(self.workers.rank)])
         return Progress(told["step"], told["tokens"], told["seconds"])
 
 
@@ -178,36 +213,10 @@ def reason(e: Exception) -> str:
     return match[0] if match else " ".join(text.split())[:200]
 
 
-# The optimizer's state by parameter names, so that it can be loaded into another number of processes.
-
-
-def trained(model: nn.Module) -> dict[int, str]:
-    """id to name of the parameters that train, in the model's order, shared ones once."""
-    return {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-
-
 def flatten_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{"layers.0.mlp.weight|exp_avg": tensor, ...}."""
-    names = trained(model)
+    """The optimizer's state by names, {"layers.0.mlp.weight|exp_avg": tensor, ...}: it fits any number of processes."""
+    names = {id(p): name for name, p in model.named_parameters()}
     return {f"{names[id(p)]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-
-
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], workers: Workers
-) -> None:
-    """The reverse, into fresh states: no step of the optimizer is needed to make room for them first."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    for group, told in zip(optimizer.param_groups, groups):
-        group.update(told)
-        for p in group["params"]:
-            optimizer.state[p] = optimizer.new_state(p, group)
-    state: dict[str, Any] = {"optimizer": flatten_state(model, optimizer)}
-    if f"random.{workers.rank}" in saved:  # not of a process that was not there
-        state["random"] = random_states(workers)
-    with quiet():
-        dcp.load(state, checkpoint_id=path, no_dist=workers.size == 1)
-    if "random" in state:
-        torch.set_rng_state(state["random"][str(workers.rank)])
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Finetuning: instruction data, a method (all weights, or adapters), and the loop that pretraining uses."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pagoda.common import PagodaError
+from pagoda.data.instruct import InstructionRows, read_instructions, split_by_hash
+from pagoda.data.options import InstructionOptions
+from pagoda.data.tokenizer import load_tokenizer
+from pagoda.models.download import resolve
+from pagoda.models.gpt import GPT
+from pagoda.models.loader import load, open_checkpoint
+from pagoda.models.registry import from_hf_config
+from pagoda.peft import adapter
+from pagoda.peft.files import save_adapter
+from pagoda.peft.options import Options, named
+from pagoda.train.job import first_weights, fits, start_job
+from pagoda.train.loop import last_step
+from pagoda.train.objective import NextToken
+from pagoda.train.options import Train
+from pagoda.train.parallel import Workers, build, finish_block, micro_batches
+from pagoda.train.run import Run
+
+
+class Worn:
+    """What the adapters on a model want of the loop."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.scales = {name: g["lr_scale"] for g in adapter.groups(model) for name, _ in g["params"]}
+
+    def lr_scale(self, name: str) -> float:
+        return self.scales[name]
+
+    def extra_loss(self) -> Tensor | float:
+        return adapter.extra_loss(self.model)
+
+    def after_step(self, step: int) -> None:
+        adapter.after_step(self.model, step)
+
+
+def finetune(
+    model: str,
+    data: str,
+    out_dir: Path,
+    options: Train,
+    instructions: InstructionOptions,
+    methods: dict[str, Options],
+    method: str = "lora",
+    quantize: str | None = None,
+    val_data: str = "",
+    val_fraction: float = 0.05,
+    epochs: float = 0.0,
+    optimizer: str = "adamw",
+    seed: int = 0,
+    device: str = "auto",
+    resume: str = "auto",
+    dry_run: bool = False,
+) -> Path | None:
+    """Train a model on instructions. Returns the last checkpoint: a model, or an adapter; None for a dry run.
+
+    method   `full`, or a method of `peft.options.METHODS`, or several with commas between; `qlora` is LoRA over a base
+             in NF4
+    methods  the options of each method by name, of which those of `method` are used
+    epochs   how often the data is seen, in place of options.max_steps
+    """
+    workers = Workers(device)
+    names = [] if method == "full" else named(method)
+    config = {k: v for k, v in locals().items() if k not in ("options", "workers", "out_dir", "methods", "names")}
+    config |= {"command": "finetune", "instructions": asdict(instructions)}
+    micro_batches(options, workers)
+    options.lr = options.lr or (2e-4 if names else 2e-5)
+    start = resolve(model)
+    tokenizer = load_tokenizer(start)
+    source, validation = instruction_rows(data, val_data, val_fraction, tokenizer, instructions, options, seed, workers)
+    if epochs:
+        options.max_steps = max(1, round(epochs * source.n_rows / options.global_batch_size))
+    config |= {"train": asdict(options), **{name: asdict(methods[name]) for name in names}}
+    objective = NextToken(options.z_loss)
+    if not names:
+        with torch.device("meta"):
+            gpt = from_hf_config(open_checkpoint(start).config, str(start))
+        run = Run(out_dir, options, workers, beside=tokenizer.save)
+        if not fits(gpt, optimizer, run, dry_run):
+            return None
+        checkpoint = run.open(config, source.fingerprint, resume)
+        gpt = build(gpt, first_weights(gpt, checkpoint or start, seed), options, workers)
+        return start_job(gpt, checkpoint, objective, source, validation, optimizer, run, tokenizer, seed)
+
+    if options.sharding != "none" or options.cpu_offload:
+        raise PagodaError("adapters are trained on a whole model in every process: leave out --train.sharding")
+    dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
+    quantize = "nf4" if "qlora" in names else quantize
+    gpt = load(start, dtype, workers.device, quantize=quantize).train()
+
+    def dress(model: GPT) -> None:
+        torch.manual_seed(seed)
+        adapter.attach(model, [replace(methods[name]) for name in names], total_steps=last_step(options))
+        if options.precision == "bf16":
+            for _, p in adapter.trainable_parameters(model):
+                p.data = p.data.to(dtype)
+
+    dress(gpt)
+    base = str(start if Path(model).exists() else model)
+    write = lambda model, path: save_adapter(model, path, base)  # noqa: E731
+    run = Run(out_dir, options, workers, beside=tokenizer.save, save_adapter=write)
+    if not fits(gpt, optimizer, run, dry_run, dress):
+        return None
+    checkpoint = run.open(config, source.fingerprint, resume)
+    for layer, block in enumerate(gpt.layers):
+        finish_block(block, layer, options, None)
+    return start_job(gpt, checkpoint, objective, source, validation, optimizer, run, tokenizer, seed, Worn(gpt))
+
+
+def instruction_rows(
+    data: str,
+    val_data: str,
+    val_fraction: float,
+    tokenizer,
+    instructions: InstructionOptions,
+    options: Train,
+    seed: int,
+    workers: Workers,
+) -> tuple[InstructionRows, InstructionRows | None]:
+    """The rows to train on, and those to validate with."""
+    read = read_instructions(data, tokenizer, instructions)
+    examples, held_out = read.examples, []
+    if val_data:
+        held_out = read_instructions(val_data, tokenizer, instructions).examples
+    elif val_fraction:
+        examples, held_out = split_by_hash(examples, val_fraction)
+    shape = dict(seq_len=options.seq_len, packing=instructions.packing, fill=options.compile)
+    source = InstructionRows(examples, seed=seed, **shape)
+    if workers.main:
+        for line in [*read.notes(), source.summary()]:
+            print(line, file=sys.stderr)
+    return source, InstructionRows(held_out, sequential=True, **shape) if held_out else None
