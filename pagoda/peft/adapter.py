@@ -96,7 +96,10 @@ class LinearMethod(Method):
         paths = linears(self.model)
         for name in names:
             if name not in paths:
-                raise PagodaError(f"an adapter for another model: this {type(self.model).__name__} has no layer {name}")
+                family = type(self.model).__name__
+                if name == hf_name(self.model, "head"):
+                    raise PagodaError(f"the head ({name}) of this {family} wears no adapter: give it other targets")
+                raise PagodaError(f"an adapter for another model: this {family} has no layer {name}")
             parent, _, leaf = paths[name].rpartition(".")
             parent = self.model.get_submodule(parent)
             self.layers[name] = make(name, getattr(parent, leaf))
@@ -158,16 +161,21 @@ def adapters(model: GPT) -> list[Method]:
     return model.__dict__.setdefault("adapters", [])
 
 
-def attach(model: GPT, options: Options | Iterable[Options], total_steps: int = 0) -> GPT:
+def attach(
+    model: GPT,
+    options: Options | Iterable[Options],
+    total_steps: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> GPT:
     """Put a method on a model, or several; the base is frozen. Returns the model.
 
-    The parameters are float32 whatever the base is, and cast to the stream's type where they are used. total_steps: of
-    the run, for what follows a schedule (AdaLoRA). Raises PagodaError where the family cannot wear the method.
+    total_steps: of the run, for what follows a schedule (AdaLoRA). dtype: of the parameters; where they are used they
+    are cast to the stream's type. Raises PagodaError where the family cannot wear the method.
     """
     for one in [options] if isinstance(options, Options) else options:
         if getattr(one, "total_steps", None) == 0:
             one.total_steps = total_steps
-        put_on(model, one, torch.float32, None)
+        put_on(model, one, dtype, None)
     return model
 
 

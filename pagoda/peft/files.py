@@ -149,6 +149,10 @@ def fill(method: Method, path: Path, tensors: dict[str, Tensor]) -> None:
     own = method.named()
     if absent := set(own) - set(tensors):
         raise PagodaError(f"{path}: the adapter lacks {listed(list(absent))}")
+    if odd := set(tensors) - set(method.state()):
+        raise PagodaError(
+            f"{path}: the adapter holds {listed(list(odd))}, which {method.options.peft_type} has not here"
+        )
     for name, p in own.items():
         if tensors[name].shape != p.shape:
             raise PagodaError(

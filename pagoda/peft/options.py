@@ -167,13 +167,7 @@ class Houlsby(Options):
 
 @dataclass
 class Pfeiffer(Houlsby):
-    """Bottlenecks behind the MLP only (Pfeiffer et al. 2020).
-
-    Args:
-        size: width of the bottleneck.
-        activation: gelu, relu or silu.
-        dropout: inside the bottleneck.
-    """
+    """Bottlenecks behind the MLP only (Pfeiffer et al. 2020)."""
 
     peft_type: ClassVar[str] = "PFEIFFER"
     places: ClassVar[tuple[str, ...]] = ("mlp",)
@@ -184,9 +178,7 @@ class Parallel(Houlsby):
     """Bottlenecks beside the MLP, scaled (He et al. 2022); together with `prefix` it is their MAM adapter.
 
     Args:
-        size: width of the bottleneck.
         activation: gelu, relu or silu.
-        dropout: inside the bottleneck.
         scale: what its result is multiplied by.
     """
 
@@ -219,12 +211,7 @@ class LlamaAdapter(Options):
 
 @dataclass
 class AdapterV2(LlamaAdapter):
-    """The same, with a learned bias and factor at every linear layer, and the norms trained (Gao et al. 2023).
-
-    Args:
-        length: tokens of a prompt.
-        layers: how many layers from the top (0: all but the first two).
-    """
+    """The same, with a learned bias and factor at every linear layer, and the norms trained (Gao et al. 2023)."""
 
     kind: ClassVar[str] = "MethodV2"
     peft_type: ClassVar[str] = "ADAPTER_V2"
@@ -257,9 +244,7 @@ class PTuningV2(Prefix):
     """Keys and values before every sequence, in every layer, as parameters (P-Tuning v2, Liu et al. 2021).
 
     Args:
-        n_virtual: virtual tokens.
         projection: make them from embeddings by a network of two layers; else they are parameters themselves.
-        hidden: width of that network (0: that of a layer's keys).
     """
 
     projection: bool = False

@@ -136,14 +136,14 @@ class VirtualMethod(adapter.Method):
                 "use lora"
             )
         plain = tensors is not None and not any(name.startswith("encoder.") for name in tensors)
-        virtual = self.plain(tensors[EMBEDDINGS]) if plain and EMBEDDINGS in tensors else self.make(dtype)
+        virtual = self.plain() if plain else self.make()
         model.virtual = virtual.to(model.device, dtype).train(model.training)
 
-    def make(self, dtype: torch.dtype) -> Virtual:
+    def make(self) -> Virtual:
         raise NotImplementedError
 
-    def plain(self, weight: Tensor) -> Virtual:
-        return Plain(torch.empty_like(weight))
+    def plain(self) -> Virtual:
+        return Plain(torch.empty(self.options.n_virtual, self.model.config.n_embd))
 
     def named(self) -> dict[str, Tensor]:
         start = "" if isinstance(self.model.virtual, Plain) else "encoder."
@@ -163,7 +163,7 @@ class VirtualMethod(adapter.Method):
 
 
 class PromptMethod(VirtualMethod):
-    def make(self, dtype: torch.dtype) -> Virtual:
+    def make(self) -> Virtual:
         o: Prompt = self.options
         if o.init == "random":
             return Plain(torch.randn(o.n_virtual, self.model.config.n_embd))
@@ -179,7 +179,7 @@ class PromptMethod(VirtualMethod):
 
 
 class PTuningMethod(VirtualMethod):
-    def make(self, dtype: torch.dtype) -> Virtual:
+    def make(self) -> Virtual:
         o: PTuning = self.options
         width = self.model.config.n_embd
         hidden = o.hidden or width
@@ -206,14 +206,14 @@ class PrefixMethod(VirtualMethod):
         c = self.model.config
         return self.options.n_virtual, c.n_layer, 2, c.n_kv_head, c.head_size
 
-    def plain(self, weight: Tensor) -> Virtual:
+    def plain(self) -> Virtual:
         return Plain(torch.empty(self.options.n_virtual, self.width * 2 * self.model.config.n_layer), self.shape)
 
     @property
     def width(self) -> int:
         return self.model.config.n_kv_head * self.model.config.head_size
 
-    def make(self, dtype: torch.dtype) -> Virtual:
+    def make(self) -> Virtual:
         o: Prefix = self.options
         width, last = self.width, self.width * 2 * self.model.config.n_layer
         if not o.projection:

@@ -299,6 +299,11 @@ def drop(path, name):
     save_file({n: t for n, t in tensors.items() if name not in n}, path / "adapter_model.safetensors")
 
 
+def add(path, name, *shape):
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file({**tensors, f"base_model.model.{name}": torch.ones(shape)}, path / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -308,6 +313,8 @@ def drop(path, name):
         (lambda p: edited(p, peft_type="VERA"), "peft_type 'VERA' is not supported; there are"),
         (lambda p: edited(p, modules_to_save=["lm_head"]), "modules_to_save = ['lm_head'] is not supported"),
         (lambda p: edited(p, lora_alpha=None), "'lora_alpha' is missing"),
+        (lambda p: add(p, "model.embed_tokens.lora_embedding_A", 3, 96), "holds model.embed_tokens.lora_embedding_A"),
+        (lambda p: add(p, "lm_head.lora_A.weight", 3, 32), "the head (lm_head) of this Llama wears no adapter"),
         (lambda p: drop(p, "layers.0.mlp.up_proj.lora_B"), "lacks model.layers.0.mlp.up_proj.lora_B.weight"),
     ],
 )
@@ -332,6 +339,19 @@ def test_an_adapter_for_another_model(base, family, words, tmp_path):
         load_adapter(base(family), tmp_path)
     assert "an adapter for another model" in str(e.value)
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "family", "words"),
+    [
+        ("prompt", "bloom-six-heads", r"shape \(3, 32\), this Bloom takes \(3, 48\)"),
+        ("p_tuning_v2", "gemma3", r"shape \(3, 64\), this Gemma3 takes \(3, 256\)"),
+    ],
+)
+def test_virtual_tokens_for_another_model(base, word, family, words, tmp_path):
+    save_adapter(worn(base, "llama", word), tmp_path)
+    with pytest.raises(PagodaError, match=words):
+        load_adapter(base(family), tmp_path)
 
 
 def test_an_adapter_for_a_deeper_model(base, tmp_path):
