@@ -1,6 +1,6 @@
 """Documents of text, whatever they lie in: files, folders, JSONL, Parquet, Arrow, data sets of the Hugging Face hub.
 
-`list_units` cuts the sources into units of work in a fixed order, a few megabytes of text each; `documents` reads one
+`list_units` cuts the sources into units of work in a fixed order, about a megabyte of text each; `documents` reads one
 of them. So processes can share the work, and a document keeps its place however many they are.
 """
 
@@ -20,7 +20,7 @@ from pagoda.common import PagodaError
 from pagoda.data.options import Reading
 from pagoda.data.table import hub_dataset, read_rows
 
-UNIT_BYTES = 4 << 20
+UNIT_BYTES = 1 << 20
 LINES = (".jsonl", ".ndjson")
 ARROW = (".parquet", ".arrow")
 TABLES = (".json", ".csv", ".tsv")  # read whole, where they are named

@@ -142,7 +142,11 @@ def test_writing_resumes_behind_the_record(tmp_path):
     dtype, state = np.dtype("<u2"), None
     for k in range(0, 50, 5):
         piece = documents[k : k + 5]
-        arrays = np.array(sum(piece, []), dtype), np.cumsum([len(d) for d in piece], dtype=np.int64), 1
+        arrays = (
+            np.array([id for text in piece for id in text], dtype),
+            np.cumsum([len(d) for d in piece], dtype=np.int64),
+            1,
+        )
         writer = ShardWriter(folder, "train", dtype, 50, state)
         writer.append(*arrays)
         writer.flush()
