@@ -292,6 +292,9 @@ def prepare(src: list[str], out: Path, reading: Reading, preparation: Preparatio
     manifest = start(src, out, reading, preparation)
     if skipped := manifest["skipped"]:
         note(f"{len(skipped)} files are no UTF-8 text and were skipped, such as {skipped[0]}")
+    for split, part in manifest["splits"].items():
+        if not part["documents"] and preparation.val_fraction:
+            note(f"no document fell to {split}: try another --val_fraction, or --split_by position")
     print(json_module.dumps(manifest) if json else summary(manifest))
 
 
@@ -375,7 +378,8 @@ def merge(
 
     size = parse_bytes(max_shard_size)
     path = resolve(base)
-    model = load_adapter(load(path, None if dtype == "auto" else resolve_dtype(dtype), quantize=quantize), adapter)
+    model = load(path, None if dtype == "auto" else resolve_dtype(dtype), quantize=quantize)
+    load_adapter(model, adapter, trainable=True)  # in float32, whatever the base has
     change, size_of_logits = merge_and_compare(model)
     save(model, out, max_shard_bytes=size, beside=load_tokenizer(path).save)
     note(f"the merged model's logits differ by {change:.1g} on average, where a logit is {size_of_logits:.1f}")

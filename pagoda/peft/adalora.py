@@ -47,7 +47,7 @@ class SVDLinear(Worn):
 class Method(LinearMethod):
     def __init__(self, model: GPT, options: AdaLoRA):
         super().__init__(model, options)
-        self.importance: dict[Tensor, tuple[Tensor, Tensor]] = {}  # of each parameter: sensitivity, uncertainty
+        self.importance: dict[str, tuple[Tensor, Tensor]] = {}  # of each parameter: sensitivity, uncertainty
         self.kept: dict[str, Tensor] | None = None  # by layer: (rank,) bool
 
     def attach(self, dtype: torch.dtype, tensors: dict[str, Tensor] | None) -> None:
@@ -76,8 +76,8 @@ class Method(LinearMethod):
         if step < last:
             self.observe()
         if step > last:
-            for name, layer in self.layers.items():
-                layer.lora_E[~self.kept[name]] = 0.0
+            for name, kept in (self.kept or {}).items():
+                self.layers[name].lora_E[~kept] = 0.0
         elif step == last or (step > o.warmup_steps and step % o.every == 0):
             self.allocate(self.budget(step))
 
@@ -91,24 +91,20 @@ class Method(LinearMethod):
     def observe(self) -> None:
         """Smooth what |weight x gradient| says about each weight."""
         o: AdaLoRA = self.options
-        for p in self.named().values():
+        for name, p in self.named().items():
             if p.grad is None:
                 continue
             now = (p * p.grad).abs()
-            mean, doubt = self.importance.get(p, (torch.zeros_like(p), torch.zeros_like(p)))
+            mean, doubt = self.importance.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
             mean = o.beta1 * mean + (1 - o.beta1) * now
-            self.importance[p] = mean, o.beta2 * doubt + (1 - o.beta2) * (now - mean).abs()
+            self.importance[name] = mean, o.beta2 * doubt + (1 - o.beta2) * (now - mean).abs()
 
     def allocate(self, budget: int) -> None:
         """Set the least important entries of E to zero, so that `budget` are left."""
-
-        def score(p: Tensor) -> Tensor:
-            mean, doubt = self.importance[p]
-            return mean * doubt
-
+        score = {name: mean * doubt for name, (mean, doubt) in self.importance.items()}
         scores = {
-            name: score(layer.lora_E)[:, 0] + score(layer.lora_A).mean(1) + score(layer.lora_B).mean(0)
-            for name, layer in self.layers.items()
+            name: score[f"{name}.lora_E"][:, 0] + score[f"{name}.lora_A"].mean(1) + score[f"{name}.lora_B"].mean(0)
+            for name in self.layers
         }
         everything = torch.cat(list(scores.values()))
         if budget >= len(everything):
@@ -117,6 +113,14 @@ class Method(LinearMethod):
         self.kept = {name: s > threshold for name, s in scores.items()}
         for name, layer in self.layers.items():
             layer.lora_E[~self.kept[name]] = 0.0
+
+    def memory(self) -> dict[str, Tensor]:
+        pairs = {f"{name}:{i}": t for name, pair in self.importance.items() for i, t in enumerate(pair)}
+        return pairs | {f"{name}:kept": mask for name, mask in (self.kept or {}).items()}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        self.importance = {n[:-2]: (t, memory[f"{n[:-2]}:1"]) for n, t in memory.items() if n.endswith(":0")}
+        self.kept = {n[:-5]: mask for n, mask in memory.items() if n.endswith(":kept")} or None
 
     def state(self) -> dict[str, Tensor]:
         state = super().state()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from typing import Any
 
@@ -76,6 +76,13 @@ class Method:
 
     def after_step(self, step: int) -> None:
         """Called behind the optimizer's step, gradients still in place; step counts from 0."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What it remembers between steps besides its parameters, for `progress`."""
+        return {}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Take up what `memory` gave."""
 
     def merge(self) -> None:
         """Fold the method into the weights and take it off."""
@@ -173,6 +180,7 @@ def attach(
     are cast to the stream's type. Raises PagodaError where the family cannot wear the method.
     """
     for one in [options] if isinstance(options, Options) else options:
+        one = replace(one)
         if getattr(one, "total_steps", None) == 0:
             one.total_steps = total_steps
         put_on(model, one, dtype, None)
@@ -243,6 +251,24 @@ def after_step(model: GPT, step: int) -> None:
     """To be called behind the optimizer's step and before the gradients are cleared; step counts from 0."""
     for method in adapters(model):
         method.after_step(step)
+
+
+def progress(model: GPT) -> dict[str, Tensor]:
+    """What a run needs to go on exactly: the trainable parameters, and what the methods remember. (An adapter's files
+    may hold less: AdaLoRA's only the ranks that are left.)"""
+    found = {name: p.detach() for name, p in trainable_parameters(model)}
+    for i, method in enumerate(adapters(model)):
+        found |= {f"{i}:{name}": t for name, t in method.memory().items()}
+    return found
+
+
+@torch.no_grad()
+def restore(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Take up what `progress` gave, on a model that wears the same methods."""
+    for name, p in trainable_parameters(model):
+        p.copy_(tensors[name])
+    for i, method in enumerate(adapters(model)):
+        method.remember({n.partition(":")[2]: t for n, t in tensors.items() if n.startswith(f"{i}:")})
 
 
 # Names

@@ -26,8 +26,10 @@ OURS = "LLAMA_ADAPTER"  # an ADAPTION_PROMPT of a family that PEFT does not have
 # What PEFT's configurations may ask for that would change the results and that we do not do.
 UNSUPPORTED = (
     *("modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters", "alpha_pattern"),
-    *("lora_bias", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "exclude_modules"),
+    *("lora_bias", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
+    "monteclora_config",
 )
+HARMLESS_STARTS = ("gaussian", "orthogonal", "eva")  # of LoRA's matrices; the others change the base's weights too
 
 
 def save_adapter(model: GPT, path: str | Path, base_name: str = "") -> None:
@@ -82,6 +84,11 @@ def load_part(model: GPT, path: Path, config: dict[str, Any], tensors: dict[str,
     for key in UNSUPPORTED:
         if config.get(key):
             raise PagodaError(f"{path / CONFIG}: {key} = {config[key]!r} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in HARMLESS_STARTS:
+        raise PagodaError(
+            f"{path / CONFIG}: an adapter that began with '{start}' has changed its base: merge it in PEFT"
+        )
     if config.get("bias", "none") != "none":
         raise PagodaError(f"{path / CONFIG}: bias = {config['bias']!r} is not supported, only 'none'")
     code = code_of(kind)

@@ -38,18 +38,24 @@ class IA3Linear(Worn):
 
 class Method(LinearMethod):
     def attach(self, dtype: torch.dtype, tensors: dict[str, Tensor] | None) -> None:
-        o: IA3 = self.options
-        paths = linears(self.model)
-        if not o.targets:
-            ours = ("k_proj", "v_proj", "qkv_proj", "down_proj")
-            o.targets = ",".join(n for n, path in paths.items() if path.endswith(ours))
-        if not o.feedforward:
-            o.feedforward = ",".join(n for n in matching(self.model, o.targets) if paths[n].endswith("down_proj"))
-        names = matching(self.model, o.targets)
         if tensors is not None:
-            names = [k.removesuffix(".ia3_l") for k in tensors]
-        inside = set(matching(self.model, o.feedforward)) if o.feedforward else set()
-        self.wear(names, lambda name, base: IA3Linear(base, name in inside, dtype))
+            inside = {k.removesuffix(".ia3_l"): len(t) == 1 for k, t in tensors.items()}
+        else:
+            inside = self.choose(linears(self.model))
+        self.wear(inside, lambda name, base: IA3Linear(base, inside[name], dtype))
+
+    def choose(self, paths: dict[str, str]) -> dict[str, bool]:
+        """The layers that the options mean, and whether each is scaled at its input."""
+        o: IA3 = self.options
+        ours = ("k_proj", "v_proj", "qkv_proj", "down_proj")
+        names = (
+            matching(self.model, o.targets) if o.targets else [n for n, path in paths.items() if path.endswith(ours)]
+        )
+        if o.feedforward:
+            inside = set(matching(self.model, o.feedforward))
+        else:
+            inside = {n for n in names if paths[n].endswith("down_proj")}
+        return {name: name in inside for name in names}
 
     def config(self) -> dict[str, Any]:
         inside = [name for name, layer in self.layers.items() if layer.feedforward]

@@ -104,6 +104,30 @@ def test_training_moves_the_adapter_and_nothing_else(base, family, word, tmp_pat
         torch.testing.assert_close(again(ids), model.eval()(ids), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("word", [w for w in WORDS if w != "bitfit"])
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(base, word):
+    def run(model, steps, optimizer):
+        for step in steps:
+            step_of(model, optimizer, step)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = adapter.attach(base("llama"), options(word)).eval()
+        return model, torch.optim.SGD([p for _, p in adapter.trainable_parameters(model)], lr=0.1)
+
+    whole, optimizer = fresh()
+    run(whole, range(9), optimizer)
+    first, optimizer = fresh()
+    run(first, range(4), optimizer)
+    saved = {name: t.clone() for name, t in adapter.progress(first).items()}
+    torch.manual_seed(5)
+    second = adapter.attach(base("llama"), options(word)).eval()
+    adapter.restore(second, saved)
+    run(second, range(4, 9), torch.optim.SGD([p for _, p in adapter.trainable_parameters(second)], lr=0.1))
+    for name, p in adapter.trainable_parameters(whole):
+        assert torch.equal(p, second.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("word", ["lora", "qlora", "adalora", "ia3", "bitfit"])
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "qwen2"])
 def test_merged_is_what_was_worn(base, family, word, tmp_path):
@@ -312,6 +336,7 @@ def add(path, name, *shape):
         (lambda p: (p / "adapter_model.safetensors").write_bytes(b"12345678"), "not a readable safetensors file"),
         (lambda p: edited(p, peft_type="VERA"), "peft_type 'VERA' is not supported; there are"),
         (lambda p: edited(p, modules_to_save=["lm_head"]), "modules_to_save = ['lm_head'] is not supported"),
+        (lambda p: edited(p, init_lora_weights="pissa"), "began as 'pissa' changed its base"),
         (lambda p: edited(p, lora_alpha=None), "'lora_alpha' is missing"),
         (lambda p: add(p, "model.embed_tokens.lora_embedding_A", 3, 96), "holds model.embed_tokens.lora_embedding_A"),
         (lambda p: add(p, "lm_head.lora_A.weight", 3, 32), "the head (lm_head) of this Llama wears no adapter"),
