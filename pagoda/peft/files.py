@@ -86,9 +86,7 @@ def load_part(model: GPT, path: Path, config: dict[str, Any], tensors: dict[str,
             raise PagodaError(f"{path / CONFIG}: {key} = {config[key]!r} is not supported")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in HARMLESS_STARTS:
-        raise PagodaError(
-            f"{path / CONFIG}: an adapter that began with '{start}' has changed its base: merge it in PEFT"
-        )
+        raise PagodaError(f"{path / CONFIG}: an adapter that began as '{start}' changed its base: merge it in PEFT")
     if config.get("bias", "none") != "none":
         raise PagodaError(f"{path / CONFIG}: bias = {config['bias']!r} is not supported, only 'none'")
     code = code_of(kind)
