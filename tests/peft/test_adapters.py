@@ -128,6 +128,23 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(base, word):
         assert torch.equal(p, second.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("how", ["bf16", "mixed", "nf4"])
+@pytest.mark.parametrize("word", WORDS)
+def test_parameters_stay_float32_where_the_stream_is_narrower(base, word, how):
+    dtype = torch.float32 if how == "mixed" else torch.bfloat16
+    model = base("qwen2", dtype=dtype, quantize="nf4" if how == "nf4" else None)
+    model.compute_dtype = torch.bfloat16 if how == "mixed" else None
+    adapter.attach(model, options(word)).train()
+    optimizer = torch.optim.Adam([p for _, p in adapter.trainable_parameters(model)], lr=1e-2)
+    losses = [step_of(model, optimizer, step) for step in range(8)]
+    assert losses[-1] < losses[0]
+    norms = ("norm_1", "norm_2", "norm.")  # Adapter v2 trains the base's own, in their type
+    for name, p in adapter.trainable_parameters(model):
+        assert p.dtype == torch.float32 or any(n in name for n in norms), name
+    with torch.no_grad():
+        assert model.eval()(tiny.prompt(5)).isfinite().all()
+
+
 @pytest.mark.parametrize("word", ["lora", "qlora", "adalora", "ia3", "bitfit"])
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "qwen2"])
 def test_merged_is_what_was_worn(base, family, word, tmp_path):
