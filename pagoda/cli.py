@@ -555,7 +555,7 @@ def spell_out(args: list[str], kinds: dict[str, str]) -> list[str]:
     while rest:
         arg = rest.pop(0)
         option, equals, value = arg.partition("=")
-        kind = kinds.get(option, "")
+        kind = str(kinds.get(option, ""))
         if kind == "bool" and not equals and rest[:1] not in (["true"], ["false"]):
             arg += "=true"
         elif kind.startswith("list[str]"):

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -165,8 +166,10 @@ def tokenized(units: list[Unit], tokenizer: Path, reading: Reading, options: Pre
         worker = Worker(tokenizer, reading, options)
         yield map(worker.tokenize, units)
         return
+    # A forked process starts at once, but must not inherit torch's threads.
+    method = "fork" if sys.platform == "linux" and "torch" not in sys.modules else "spawn"
     pool = ProcessPoolExecutor(
-        min(workers, len(units)), multiprocessing.get_context("spawn"), start_worker, (tokenizer, reading, options)
+        min(workers, len(units)), multiprocessing.get_context(method), start_worker, (tokenizer, reading, options)
     )
     try:
         yield in_order(pool, units, 2 * workers)
@@ -243,7 +246,7 @@ class Worker:
         def encode() -> None:
             encoded = iter(self.tokenizer.encode_batch(pieces, add_special_tokens=False))
             for split, n in owners:
-                parts = [self.before, *(np.fromiter(next(encoded), self.dtype) for _ in range(n)), self.end]
+                parts = [self.before, *(np.array(next(encoded), self.dtype) for _ in range(n)), self.end]
                 ids[split] += parts
                 lengths[split].append(sum(map(len, parts)))
             pieces.clear()

@@ -158,7 +158,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].partition(". ")[0]
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].partition(" or decrease")[0]
         raise PagodaError(f"sentencepiece cannot make this vocabulary ({reason})") from None
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     config = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
