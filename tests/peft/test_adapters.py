@@ -23,7 +23,6 @@ from pagoda.peft import adapter
 from pagoda.peft.files import load_adapter, save_adapter
 from pagoda.peft.options import METHODS, BitFit, Houlsby, LoRA, Parallel, Pfeiffer, Prefix, Prompt, named
 
-FAMILIES = ("llama", "gpt_neox", "gpt2")
 SMALL = {
     "lora": dict(rank=3, dropout=0.1, plus_ratio=4.0),
     "qlora": dict(rank=3, dora=True, targets="all-linear"),
@@ -37,7 +36,14 @@ SMALL = {
 }
 COMBINATIONS = {"mam": "prefix,parallel", "unipelt": "lora,prefix,pfeiffer", "both": "lora,prompt"}
 WORDS = [*METHODS, *COMBINATIONS]
-CASES = [(f, m) for f in FAMILIES for m in WORDS if (f, m) != ("llama", "bitfit")]
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+CASES = [(f, m) for f in ("llama", "gpt2") for m in WORDS if (f, m) != ("llama", "bitfit")]
+CASES += [pytest.param("gpt_neox", m, marks=pytest.mark.slow) for m in WORDS]
 CASES += [("mixtral", "lora"), ("mixtral", "houlsby"), ("qwen2", "bitfit"), ("gemma3", "llama_adapter")]
 
 
@@ -128,7 +134,7 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(base, word):
         assert torch.equal(p, second.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("how", ["bf16", "mixed", "nf4"])
+@pytest.mark.parametrize("how", ["mixed", "nf4", *slow("bf16")])
 @pytest.mark.parametrize("word", WORDS)
 def test_parameters_stay_float32_where_the_stream_is_narrower(base, word, how):
     dtype = torch.float32 if how == "mixed" else torch.bfloat16
@@ -170,7 +176,7 @@ def test_what_cannot_be_merged_says_so_and_stays(base, word):
 
 
 @pytest.mark.parametrize("word", [w for w in WORDS if w not in ("bitfit", "qlora")])
-@pytest.mark.parametrize("family", ["llama-dynamic", "gpt2", "bloom", "mistral-window"])
+@pytest.mark.parametrize("family", ["llama-dynamic", *slow("gpt2", "bloom", "mistral-window")])
 def test_generation_with_a_cache_is_generation_without(base, family, word):
     model = worn(base, family, word)
     prompts = [tiny.prompt(n, seed=n).tolist() for n in (5, 9)]

@@ -29,7 +29,8 @@ CONFIGS = {
 MAIN = ("llama", "gpt_neox", "gpt2")
 MORE = ("mistral-window", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "bloom", "falcon-40b", "opt")
 CASES = [(f, m) for f in MAIN for m in CONFIGS if (f, m) != ("gpt_neox", "adaption")]
-CASES += [(f, m) for f in MORE for m in ("lora", "dora")] + [("mistral-window", "adaption")]
+CASES += [(f, "lora") for f in MORE] + [("mistral-window", "adaption")]
+CASES += [pytest.param(f, "dora", marks=pytest.mark.slow) for f in MORE]
 CASES += [(f, m) for f in ("mistral-window", "gemma2", "bloom", "opt") for m in ("prefix", "prompt")]
 
 
