@@ -8,3 +8,6 @@ python3 -m venv transformers
 transformers/bin/pip install -q torch==2.13.0 transformers==5.23.0 safetensors
 python3 -m venv llamacpp
 CMAKE_ARGS="-DGGML_NATIVE=ON" llamacpp/bin/pip install -q llama-cpp-python==0.3.36 numpy
+transformers/bin/pip install -q peft==0.21.2 bitsandbytes==0.50.2 accelerate
+python3 -m venv litgpt
+litgpt/bin/pip install -q torch==2.13.0 litgpt==0.5.13

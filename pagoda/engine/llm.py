@@ -13,10 +13,11 @@ from pagoda.common import PagodaError, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.engine.generate import Generator, Timing
 from pagoda.engine.options import Sampling, Weights
-from pagoda.models.download import resolve
+from pagoda.models.download import ADAPTER, resolve
 from pagoda.models.gpt import GPT
-from pagoda.models.loader import load
+from pagoda.models.loader import load, read_json
 from pagoda.ops.cpu import kernels
+from pagoda.peft.files import load_adapter
 
 Messages = list[dict[str, Any]]
 
@@ -146,14 +147,32 @@ def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Pa
         cache_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     else:
         cache_dtype = torch.int8 if weights.kv_dtype == "int8" else resolve_dtype(weights.kv_dtype)
-    path = resolve(str(name))
+    found = path = resolve(str(name))
+    adapter = (found / ADAPTER).is_file()
+    if adapter:
+        path = base_of(found)
     if device.type == "cpu" and kernels is not None:
         quantize = quantize or {None: "own", torch.bfloat16: "bf16"}.get(dtype, "float32")
         if path.is_file():
             dtype = dtype or torch.float32  # of the activations: with packed weights they are the smaller part
     elif quantize:
         dtype = dtype or torch.bfloat16
-    return load(path, dtype, device, quantize=quantize), cache_dtype, path
+    model = load(path, dtype, device, quantize=quantize)
+    if adapter:
+        load_adapter(model, found)
+        path = found if (found / "tokenizer.json").is_file() else path
+    return model, cache_dtype, path
+
+
+def base_of(adapter: Path) -> Path:
+    """The model that an adapter was made for."""
+    base = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    if not base:
+        raise PagodaError(f"{adapter / ADAPTER} does not say for which model it is: `pagoda merge BASE {adapter} OUT`")
+    try:
+        return resolve(base)
+    except PagodaError as e:
+        raise PagodaError(f"{adapter} is an adapter for {base}: {e}") from None
 
 
 class Text:

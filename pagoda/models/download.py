@@ -40,6 +40,8 @@ DEFAULT_MODELS = {
     )
 }
 
+ADAPTER = "adapter_config.json"  # what makes a directory an adapter
+
 # What is fetched of a hub repository: the checkpoint and its tokenizer at the top level, and no pickles.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 
@@ -69,12 +71,12 @@ def resolve(name: str | os.PathLike, weights: bool = True) -> Path:
 
 
 def _resolve_directory(path: Path) -> Path:
-    if (path / "config.json").is_file():
+    if is_model(path):
         return path
     latest = path / "latest"  # of a run folder: a link to its last checkpoint, or a file with that one's name
     if latest.is_file():
         latest = path / "checkpoints" / latest.read_text().strip()
-    if (latest / "config.json").is_file():
+    if is_model(latest):
         return latest
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
@@ -82,6 +84,11 @@ def _resolve_directory(path: Path) -> Path:
     if ggufs:
         raise PagodaError(f"{path} holds {len(ggufs)} .gguf files: name one of {', '.join(g.name for g in ggufs)}")
     raise PagodaError(f"{path} has no config.json: it is neither a Hugging Face directory nor a run folder")
+
+
+def is_model(path: Path) -> bool:
+    """A Hugging Face directory, or an adapter's."""
+    return (path / "config.json").is_file() or (path / ADAPTER).is_file()
 
 
 def _looks_like_file(name: str) -> bool:

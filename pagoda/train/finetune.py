@@ -101,10 +101,9 @@ def finetune(
 
     def dress(model: GPT) -> None:
         torch.manual_seed(seed)
-        adapter.attach(model, [replace(methods[name]) for name in names], total_steps=last_step(options))
-        if options.precision == "bf16":
-            for _, p in adapter.trainable_parameters(model):
-                p.data = p.data.to(dtype)
+        narrow = dtype if options.precision == "bf16" else torch.float32
+        adapter.attach(model, [replace(methods[name]) for name in names], last_step(options), narrow)
+        model.train()
 
     dress(gpt)
     base = str(start if Path(model).exists() else model)

@@ -55,6 +55,7 @@ class Job:
     evaluate: Callable[[Job], dict[str, float | str]] | None = None  # at every interval: what metrics.jsonl shall say
     method: Method | None = None
     progress: Progress = field(default_factory=Progress)
+    released: list[float] = field(default_factory=list)  # squared norms of gradients that are gone already
 
 
 def train(job: Job) -> Progress:
@@ -63,8 +64,10 @@ def train(job: Job) -> Progress:
     Raises PagodaError when the loss is not a number, naming the step and the last good checkpoint.
     """
     o, progress, workers = job.options, job.progress, job.workers
-    last, saved, first, warm = last_step(o), None, progress.step, 0.0
+    last, first, saved, warm = last_step(o), progress.step, progress.step, 0.0
     asked_to_stop = []
+    if o.release_gradients:
+        release_gradients(job)
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     try:
         while progress.step < last:
@@ -108,6 +111,9 @@ def train(job: Job) -> Progress:
 def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float]:
     """One step of the optimizer over this process's micro-batches: the loss, the gradient's norm, the learning rate."""
     o, model, optimizer = job.options, job.model, job.optimizer
+    lr = o.lr * multiplier(o.schedule, job.progress.step, last_step(o), o.warmup_steps, o.min_lr_ratio, o.decay_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * lr
     total = 0.0
     for i, micro in enumerate(rows):
         if hasattr(model, "reshard") and o.sharding == "none":  # replicas add their gradients up once
@@ -115,27 +121,48 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
         loss = job.objective(model, to_device(micro, job.workers.device)) / max(scored, 1)
         if job.method is not None:
             loss = loss + job.method.extra_loss() / (len(rows) * job.workers.size)
-        (loss * job.workers.size).backward()  # the processes' gradients are averaged
         total += loss.detach()
+        if o.release_gradients:
+            check_finite(job, float(total), 0.0)  # behind the backward pass it would be too late
+        (loss * job.workers.size).backward()  # the processes' gradients are averaged
     if job.workers.size > 1 and not hasattr(model, "reshard"):
         job.workers.average_gradients(model)
-    norm = gradient_norm(model, o.clip)
+    norm = math.sqrt(sum(job.released)) if o.release_gradients else gradient_norm(model, o.clip)
     (loss,) = job.workers.sum(float(total))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        good = latest_checkpoint(job.run.path)
-        raise PagodaError(
-            f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {job.progress.step + 1} is not a number; "
-            + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
-            + "; try a lower --train.lr, a longer warm-up, or --train.clip"
-        )
-    lr = o.lr * multiplier(o.schedule, job.progress.step, last_step(o), o.warmup_steps, o.min_lr_ratio, o.decay_ratio)
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * lr
-    optimizer.step()
+    check_finite(job, loss, norm)
+    if o.release_gradients:
+        job.released.clear()
+    else:
+        optimizer.step()
     if job.method is not None:
         job.method.after_step(job.progress.step)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, lr
+
+
+def check_finite(job: Job, loss: float, norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    good = latest_checkpoint(job.run.path)
+    raise PagodaError(
+        f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {job.progress.step + 1} is not a number; "
+        + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+        + "; try a lower --train.lr, a longer warm-up, or --train.clip"
+    )
+
+
+def release_gradients(job: Job) -> None:
+    """From now on the backward pass itself steps each parameter when its gradient is complete, and drops the gradient
+    (Lv et al. 2023, "Full Parameter Fine-tuning with Limited Resources"): one gradient is in memory at a time."""
+
+    def step_alone(p: torch.Tensor) -> None:
+        job.released.append(float(p.grad.float().square().sum()))
+        job.optimizer.step()  # parameters without a gradient are left alone
+        p.grad = None
+
+    for p in job.model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(step_alone)
 
 
 def forecast(job: Job, seconds: float) -> str:

@@ -18,11 +18,14 @@ from pagoda.common import PagodaError
 from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
+from pagoda.ops import cpu
+from pagoda.ops.loss import BLOCK
 from pagoda.train.optim import state_bytes, step_bytes
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
 GIB = 2**30
+HEAD_ROWS = 1024  # of logits at a time, as linear_cross_entropy has it
 
 
 @dataclass
@@ -100,9 +103,10 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     shards = workers.size if o.sharding != "none" else 1
     trained = [(name, p.to(stored)) for name, p in model.named_parameters() if p.requires_grad]
     state, moment = (f(optimizer, trained, shards) for f in (state_bytes, step_bytes))
-    gradients = sum(p.nbytes for _, p in trained) // shards
+    parameters = sum(p.nbytes for _, p in trained) // shards
+    gradients = max(p.nbytes for _, p in trained) if o.release_gradients else parameters
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
-    weights = gradients + sum(t.nbytes for t in frozen)
+    weights = parameters + sum(t.nbytes for t in frozen)
     if workers.size > 1 and not frozen:  # gathered copies: of everything, or of two blocks and what is outside of them
         n_all = sum(p.numel() for p in model.parameters())
         layer = sum(p.numel() for p in model.layers[0].parameters())
@@ -114,13 +118,24 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     activations = rows * kept.rest + (n_layer - again) * rows * kept.block + again * passed
     if again == n_layer:
         activations += rows * kept.block  # of the block that is computed again
-    logits = min(n_tokens, 1024) * model.config.vocab_size * 10
+    logits = head_bytes(model, n_tokens, compute, workers.device)
     data = n_tokens * 16
     program = resident(workers.device)
     accumulates = o.global_batch_size > rows * workers.size
     backward = activations + logits + (gradients if accumulates else 0)
     peak = program + weights + state + data + max(backward, gradients + moment)
     return Memory(program, weights, gradients, state, activations, logits, data, peak)
+
+
+def head_bytes(model: GPT, n_tokens: int, compute: int, device: torch.device) -> int:
+    """What `linear_cross_entropy` holds: a chunk of logits, the head's gradient, and casts where bf16 is emulated."""
+    chunk, (vocab_size, n_embd) = min(n_tokens, HEAD_ROWS), (model.config.vocab_size, model.config.n_embd)
+    total = chunk * vocab_size * compute
+    if model.head.weight.requires_grad:
+        total += vocab_size * n_embd * (compute if n_tokens <= HEAD_ROWS else 4)
+    if compute == 2 and cpu.emulates(torch.empty(0, dtype=torch.bfloat16, device=device)):
+        total += 4 * min(BLOCK, vocab_size) * (chunk + n_embd)
+    return total
 
 
 def measure_activations(

@@ -38,6 +38,8 @@ class Train:
         clip: the largest norm of the gradient (0: any).
         z_loss: weight of the squared log-normalizer, which keeps logits from drifting (PaLM: 1e-4).
         checkpointing: what the backward pass computes again to save memory: none, selective (every second block), full.
+        release_gradients: step each parameter as soon as its gradient is there, and drop the gradient (LOMO; needs
+            clip 0 and one micro-batch a step).
         compile: run each block through torch.compile.
         sharding: over processes: none (every process holds all), zero2 (gradients and optimizer), zero3 (weights too).
         cpu_offload: keep parameters, gradients and optimizer in main memory and send them to the device as needed.
@@ -71,6 +73,7 @@ class Train:
     clip: float = 1.0
     z_loss: float = 0.0
     checkpointing: str = "none"
+    release_gradients: bool = False
     compile: bool = False
     sharding: str = "none"
     cpu_offload: bool = False
@@ -98,6 +101,8 @@ class Train:
         for name in ("min_lr_ratio", "decay_ratio", "beta1", "beta2"):
             if getattr(self, name) > 1:
                 raise PagodaError(f"train.{name} must be at most 1, not {getattr(self, name)}")
+        if self.release_gradients and self.clip:
+            raise PagodaError("train.release_gradients never has all gradients at once to clip: give --train.clip 0")
         self.seconds()
 
     def seconds(self) -> float:

@@ -180,6 +180,8 @@ def micro_batches(options: Train, workers: Workers) -> int:
             f"train.global_batch_size {options.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{options.micro_batch_size} times {workers.size} processes"
         )
+    if options.release_gradients and options.global_batch_size != options.micro_batch_size:
+        raise PagodaError("train.release_gradients needs one process and one micro-batch a step")
     if workers.size == 1 and (options.sharding != "none" or options.cpu_offload):
         raise PagodaError("train.sharding and train.cpu_offload need several processes: give --devices 2 or more")
     return options.global_batch_size // step

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from pagoda.common import PagodaError, replacing
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import save
+from pagoda.peft import adapter
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
@@ -62,7 +63,7 @@ class Run:
         save_adapter: Callable[[GPT, Path], None] | None = None,
     ):
         """beside        writes into a checkpoint what belongs to the model besides its weights (the tokenizer)
-        save_adapter  writes what trains where that is not the model; its parameters then are in the trainer's state
+        save_adapter  writes what the model wears, in the model's place
         """
         self.path, self.options, self.workers, self.beside = path, options, workers, beside
         self.save_adapter = save_adapter
@@ -159,7 +160,7 @@ class Run:
     def _state(self, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         state = {"optimizer": flatten_state(model, optimizer), "random": random_states(self.workers)}
         if self.save_adapter is not None:
-            state["weights"] = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+            state["adapter"] = adapter.progress(model)
         return state
 
     def _prune(self, newest: int) -> None:
@@ -184,6 +185,8 @@ class Run:
             del state["random"]  # this process was not there
         with quiet():
             dcp.load(state, checkpoint_id=checkpoint / "trainer", no_dist=self.workers.size == 1)
+        if "adapter" in state:
+            adapter.restore(model, state["adapter"])
         if "random" in state:
             torch.set_rng_state(state["random"][str(self.workers.rank)])
         return Progress(told["step"], told["tokens"], told["seconds"])

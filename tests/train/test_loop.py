@@ -95,6 +95,16 @@ def test_checkpointing_changes_nothing_but_memory(checkpointing, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "plain"), losses(tmp_path / "again"), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_released_gradients_give_the_same_bits(optimizer, tmp_path):
+    for name, release in (("kept", False), ("released", True)):
+        job = make_job(tmp_path / name, options(clip=0, release_gradients=release), optimizer=optimizer)
+        train(job)
+        assert all(p.grad is None for p in job.model.parameters())
+    last = "checkpoints/step-6"
+    assert weights(tmp_path / "kept" / last) == weights(tmp_path / "released" / last)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(tmp_path):
     train(make_job(tmp_path / "plain", options()))
