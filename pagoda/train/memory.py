@@ -131,7 +131,7 @@ def head_bytes(model: GPT, n_tokens: int, compute: int, device: torch.device) ->
     """What `linear_cross_entropy` holds: a chunk of logits, the head's gradient, and casts where bf16 is emulated."""
     chunk, (vocab_size, n_embd) = min(n_tokens, HEAD_ROWS), (model.config.vocab_size, model.config.n_embd)
     total = chunk * vocab_size * compute
-    if model.head.weight.requires_grad:
+    if getattr(model.head.weight, "requires_grad", False):
         total += vocab_size * n_embd * (compute if n_tokens <= HEAD_ROWS else 4)
     if compute == 2 and cpu.emulates(torch.empty(0, dtype=torch.bfloat16, device=device)):
         total += 4 * min(BLOCK, vocab_size) * (chunk + n_embd)

@@ -183,6 +183,11 @@ class Run:
         state = self._state(model, optimizer)
         if self.workers.rank >= told["processes"]:
             del state["random"]  # this process was not there
+        if "adapter" in state:  # what its methods remember is not there yet
+            for key, entry in dcp.FileSystemReader(checkpoint / "trainer").read_metadata().state_dict_metadata.items():
+                part, _, name = key.partition(".")
+                if part == "adapter":
+                    state[part].setdefault(name, torch.empty(entry.size, dtype=entry.properties.dtype))
         with quiet():
             dcp.load(state, checkpoint_id=checkpoint / "trainer", no_dist=self.workers.size == 1)
         if "adapter" in state:

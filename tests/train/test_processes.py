@@ -9,25 +9,12 @@ import subprocess
 import sys
 import time
 
-import pytest
 import torch
+from conftest import MODEL
 from helpers import losses, metrics, weights, write_text
 
 from pagoda.cli import main
 from pagoda.train.run import latest_checkpoint
-
-MODEL = (
-    '{"num_hidden_layers":2,"hidden_size":32,"intermediate_size":64,"num_attention_heads":4,"num_key_value_heads":2}'
-)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = write_text(folder / "text.txt")
-    separator = ["--document_separator", "\\n\\n", "--val_fraction", "0.1", "--workers", "1"]
-    assert main(["prepare", str(text), str(folder / "tokens"), "--tokenizer", "bytes", *separator]) == 0
-    return folder / "tokens"
 
 
 def arguments(data, out, **train):

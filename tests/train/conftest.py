@@ -1,0 +1,30 @@
+"""A tiny model that a run made, with a tokenizer: what finetuning starts from."""
+
+import pytest
+from helpers import write_text
+
+from pagoda.cli import main
+
+MODEL = (
+    '{"num_hidden_layers":2,"hidden_size":32,"intermediate_size":64,"num_attention_heads":4,"num_key_value_heads":2}'
+)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prepared tokens of a small text, by the bytes tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    text = write_text(folder / "text.txt")
+    separator = ["--document_separator", "\\n\\n", "--val_fraction", "0.1", "--workers", "1"]
+    assert main(["prepare", str(text), str(folder / "tokens"), "--tokenizer", "bytes", *separator]) == 0
+    return folder / "tokens"
+
+
+@pytest.fixture(scope="session")
+def base(data, tmp_path_factory):
+    """The run of a tiny model on them."""
+    out = tmp_path_factory.mktemp("base")
+    small = ["--model_name", "SmolLM2-135M", "--model_overrides", MODEL, "--train.precision", "float32"]
+    shape = ["--train.seq_len", "64", "--train.micro_batch_size", "4", "--train.max_steps", "20", "--train.lr", "1e-2"]
+    assert main(["pretrain", *small, *shape, "--data", str(data), "--out_dir", str(out), "--device", "cpu"]) == 0
+    return out
