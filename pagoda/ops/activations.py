@@ -2,10 +2,13 @@
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
+from pagoda.ops.recompute import made_by
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -32,15 +35,21 @@ HF_ACTIVATIONS = {
 
 def activation(x: Tensor, act: str) -> Tensor:
     """`act(x)`, element by element."""
-    if cpu.usable(x) and x.dtype in cpu.FLOATS:
-        return _kernel(x, None, act)
+    if x.dtype in cpu.FLOATS:
+        if cpu.usable(x):
+            return _kernel(x, None, act)
+        if cpu.trains(x):
+            return made_by(_Gated.apply(x, None, act), partial(activation, act=act), x)
     return ACTIVATIONS[act](x)
 
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """`act(gate) * up`, both (..., intermediate_size)."""
-    if cpu.usable(gate) and gate.dtype in cpu.FLOATS and up.dtype == gate.dtype and up.shape == gate.shape:
-        return _kernel(gate, up, act)
+    if gate.dtype in cpu.FLOATS and up.dtype == gate.dtype and up.shape == gate.shape:
+        if cpu.usable(gate):
+            return _kernel(gate, up, act)
+        if cpu.trains(gate):
+            return made_by(_Gated.apply(gate, up, act), partial(gated, act=act), gate, up)
     return ACTIVATIONS[act](gate) * up
 
 
@@ -60,3 +69,36 @@ def _kernel(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
         _KERNELS[act],
     )
     return y
+
+
+class _Gated(torch.autograd.Function):
+    """The kernel and its way back; nothing is kept but the inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up, act):
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return _kernel(gate, up, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad = grad.contiguous()
+        d_gate, d_up = torch.empty_like(grad), None if up is None else torch.empty_like(grad)
+        gate, n_rows, stride = cpu.rows(gate)
+        up, _, up_stride = (None, 0, 0) if up is None else cpu.rows(up)
+        cpu.kernels.gated_backward(
+            d_gate.data_ptr(),
+            cpu.pointer(d_up),
+            grad.data_ptr(),
+            gate.data_ptr(),
+            cpu.pointer(up),
+            n_rows,
+            gate.shape[-1],
+            stride,
+            up_stride,
+            cpu.DTYPE[gate.dtype],
+            _KERNELS[ctx.act],
+        )
+        return d_gate, d_up, None

@@ -1,14 +1,16 @@
 """Attention over a flat stream: ragged queries against ragged or paged keys and values.
 
 One operation serves training batches, packed documents, prefills and decode steps. The reference below is a loop over
-the sequences of the stream. On a CPU, where no gradient is wanted, ops/cpu/attention.cpp computes it: there the bits of
-a row's result depend neither on the rest of the batch nor on the number of threads. They do depend on whether at most
-8 queries of its sequence came in this step (decode) or more (prefill), in the last places.
+the sequences of the stream. On a CPU ops/cpu/attention.cpp computes it, and attention_backward.cpp its gradients (those
+of a cache excepted): there the bits of a row's result depend neither on the rest of the batch nor on the number of
+threads. They do depend on whether at most 8 queries of its sequence came in this step (decode) or more (prefill), in
+the last places.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
 
@@ -50,8 +52,9 @@ def attention(
         return _kernel(
             q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale
         )
-    out = torch.empty_like(q)
-    bounds = cu_seqlens.tolist()
+    if block_table is None and _kernel_trains(q, k, v, cu_seqlens) and not (softcap and alibi is not None):
+        return _Attention.apply(q, k, v, cu_seqlens, scale, causal, window, softcap, alibi)
+    parts, bounds = [], cu_seqlens.tolist()
     lengths = None if seq_lens is None else seq_lens.tolist()
     for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
         if start == end:
@@ -62,8 +65,8 @@ def attention(
             pages = block_table[s, : -(-lengths[s] // k.shape[1])]
             keys = _gather(k, pages, lengths[s], k_scale, q.dtype)
             values = _gather(v, pages, lengths[s], v_scale, q.dtype)
-        out[start:end] = _attend(q[start:end], keys, values, scale, causal, window, softcap, alibi)
-    return out
+        parts.append(_attend(q[start:end], keys, values, scale, causal, window, softcap, alibi))
+    return torch.cat(parts) if parts else q
 
 
 def _gather(pages: Tensor, index: Tensor, length: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -146,10 +149,29 @@ def _kernel_takes(q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale) 
     )
 
 
+def _kernel_trains(q, k, v, cu_seqlens) -> bool:
+    return cpu.trains(q) and q.dtype in cpu.FLOATS and q.dtype == k.dtype == v.dtype and cu_seqlens.dtype == torch.int32
+
+
 def _kernel(
-    q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale, products=1
+    q,
+    k,
+    v,
+    cu_seqlens,
+    scale,
+    causal,
+    window,
+    softcap,
+    alibi,
+    block_table=None,
+    seq_lens=None,
+    k_scale=None,
+    v_scale=None,
+    products=1,
+    lse=None,
 ) -> Tensor:
-    """`products`: 0 multiplies in float32 always, 1 in bf16 where the CPU does, 2 in bf16 even if emulated (tests)."""
+    """`products`: 0 multiplies in float32 always, 1 in bf16 where the CPU does, 2 in bf16 even if emulated (tests).
+    `lse` (N, n_head) float32 takes the log-sum-exp of each row of scores."""
     _, n_head, head_size = q.shape
     q = cpu.heads(q)
     out = torch.empty_like(q)
@@ -174,6 +196,7 @@ def _kernel(
         cpu.pointer(k_scale),
         cpu.pointer(v_scale),
         cpu.pointer(alibi),
+        cpu.pointer(lse),
         cu_seqlens.shape[0] - 1,
         n_head,
         n_kv_head,
@@ -192,3 +215,50 @@ def _kernel(
         products,
     )
     return out
+
+
+class _Attention(torch.autograd.Function):
+    """The kernel and its way back. Kept: what goes in and out, and the log-sum-exp of each row of scores."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, scale, causal, window, softcap, alibi):
+        q, k, v = cpu.heads(q), cpu.heads(k), cpu.heads(v)
+        alibi = None if alibi is None else alibi.float().contiguous()
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out = _kernel(q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, lse=lse)
+        ctx.save_for_backward(q, k, v, cu_seqlens, alibi, out, lse)
+        ctx.options = causal, window, scale, softcap
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, cu_seqlens, alibi, out, lse = ctx.saved_tensors
+        n, n_head, head_size = q.shape
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        scratch = torch.empty(2, n, n_head, head_size)
+        grad = grad.contiguous()
+        cpu.kernels.attention_backward(
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            scratch.data_ptr(),
+            grad.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            cu_seqlens.data_ptr(),
+            cpu.pointer(alibi),
+            cu_seqlens.shape[0] - 1,
+            n_head,
+            k.shape[1],
+            head_size,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            cpu.DTYPE[q.dtype],
+            *ctx.options,
+        )
+        return dq, dk, dv, None, None, None, None, None, None

@@ -1,6 +1,8 @@
 """The product with a weight matrix, and the lookup of its rows. Either takes a Tensor or a PackedWeight (formats.py).
 
-For a Tensor these are PyTorch's own. For a PackedWeight the reference multiplies with the dequantized matrix, a
+For a Tensor these are PyTorch's own, except where PyTorch would emulate bf16: there products run in float32, and only
+results are rounded. A weight of another dtype than x's (float32 masters under bf16 activations) is cast, and gets its
+gradient in its own. For a PackedWeight the reference multiplies with the dequantized matrix, a
 thousand rows at a time; on a CPU the kernel of `ops/cpu/linear.cpp` reads the packed form. There a row of the result
 depends on its own row of x alone, bit for bit, whatever else is in the batch and however many threads run.
 """
@@ -8,9 +10,11 @@ depends on its own row of x alone, bit for bit, whatever else is in the batch an
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
 from pagoda.ops.formats import PackedWeight
+from pagoda.ops.recompute import to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
 
@@ -20,10 +24,7 @@ def linear(
 ) -> Tensor:
     """`x @ weight.T + bias + residual`: x (..., n_in), weight (n_out, n_in), bias (n_out,), residual (..., n_out)."""
     if not isinstance(weight, PackedWeight):
-        if x.dim() == 2 and len(x) >= 16 and cpu.emulates(x) and not torch.is_grad_enabled():
-            y = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-        else:
-            y = F.linear(x, weight, bias)
+        y = _dense(x, weight, bias)
         return y if residual is None else y + residual
     if torch.is_grad_enabled():
         y = _PackedLinear.apply(x, weight)
@@ -66,10 +67,28 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
 
 
 def linear_transposed(y: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """`y @ weight`: y (..., n_out), weight (n_out, n_in); the way back through `linear`."""
+    """`y @ weight`: y (..., n_out), weight (n_out, n_in); the way back through `linear`. No gradients."""
+    dtype = product_dtype(y)
     if isinstance(weight, Tensor):
-        return y @ weight
-    return sum(y[..., rows] @ part.to(y.dtype) for rows, part in weight.chunks())
+        return (y.to(dtype) @ weight.to(dtype)).to(y.dtype)
+    return sum((y[..., rows].to(dtype) @ part).float() for rows, part in weight.chunks(dtype)).to(y.dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What products of x are fastest in: its own dtype, or float32 where PyTorch would emulate that."""
+    return torch.float32 if cpu.emulates(x) else x.dtype
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Linear.apply(x, weight, bias)
+    if weight.dtype == x.dtype and not cpu.emulates(x):
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves
+    dtype = x.dtype if few else product_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def _rows(x: Tensor, n_in: int) -> tuple[Tensor, int, int, torch.Size | None]:
@@ -94,6 +113,34 @@ def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: T
     return y.to(x.dtype)
 
 
+class _Linear(torch.autograd.Function):
+    """Weight and activations are cast for each product and kept as they are, or made again. What is frozen costs no
+    product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        dtype = product_dtype(x)
+        ctx.make_x, kept = to_keep(x) if ctx.needs_input_grad[1] else (None, ())
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, *kept = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        dtype = product_dtype(grad)
+        g = grad.to(dtype)
+        dx = None if weight is None else (g @ weight.to(dtype)).to(grad.dtype)
+        g = g.flatten(0, -2)
+        dw = None
+        if ctx.make_x is not None:
+            dw = (g.T @ ctx.make_x(*kept).flatten(0, -2).to(dtype)).to(weight_dtype)
+        db = g.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, db
+
+
 class _PackedLinear(torch.autograd.Function):
     """Packed weights are frozen: the gradient goes to x only, through the dequantized matrix, chunk by chunk."""
 
@@ -104,5 +151,6 @@ class _PackedLinear(torch.autograd.Function):
             return linear(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return linear_transposed(grad, ctx.weight), None

@@ -1,12 +1,19 @@
 """Cross-entropy of a linear head, computed chunk by chunk so that the logits of all tokens never exist at once."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+from pagoda.ops import cpu
 from pagoda.ops.formats import PackedWeight
-from pagoda.ops.linear import linear, linear_transposed
+from pagoda.ops.linear import linear, linear_transposed, product_dtype
 
 IGNORE = -100  # the target of a token that is not scored (PyTorch's own convention)
+BLOCK = 8192  # rows of the head that are cast to float32 at a time, where PyTorch would emulate bf16
+PIECE = 64  # rows of logits that the reference works on in float32
 
 
 def linear_cross_entropy(
@@ -15,64 +22,144 @@ def linear_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     softcap: float = 0.0,
+    z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> Tensor:
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="none")` in float32, with gradients.
 
     hidden (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64, -100 where nothing is scored. A packed weight
-    takes no gradient.
-    Returns (N,) float32: the loss per token in nats, 0 where nothing is scored. At most `chunk` rows of logits exist
-    at a time, also in the backward pass, which computes them again (as in "Cut your losses", Wijmans et al. 2024).
+    takes no gradient. z_loss adds `z_loss * logsumexp(logits)^2` per scored token (Chowdhery et al. 2022, "PaLM").
+    Returns (N,) float32: the loss per token in nats, 0 where nothing is scored. At most `chunk` rows of logits exist at
+    a time, in hidden's dtype.
+
+    Where gradients are wanted, they are computed while the logits are there (as Liger Kernel does, Hsu et al. 2024),
+    for a loss that is the sum over tokens; the way back scales them. If it turns out that tokens weigh differently in
+    the loss, the head's gradients are computed again.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, chunk)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _reference(hidden, weight, targets, bias, softcap, z_loss, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, z_loss, chunk)
 
 
-def _logits(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, softcap: float) -> Tensor:
-    logits = linear(hidden, weight, bias).float()
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+def _reference(hidden, weight, targets, bias, softcap, z_loss, chunk) -> Tensor:
+    """The definition. With gradients (`torch.compile`) each chunk's logits are computed again on the way back."""
+
+    def losses(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = linear(hidden, weight, bias).float()
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        normalizer = logits.logsumexp(-1)
+        picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+        return torch.where(targets == IGNORE, 0.0, normalizer - picked + z_loss * normalizer.square())
+
+    parts = zip(hidden.split(chunk), targets.split(chunk))
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(losses, h, t, use_reentrant=False) for h, t in parts])
+    return torch.cat([losses(h, t) for h, t in parts])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, softcap, chunk):
-        losses, normalizers = [], []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = _logits(h, weight, bias, softcap)
-            normalizer = logits.logsumexp(-1)
-            picked = logits.gather(1, t.clamp_min(0)[:, None])[:, 0]
-            losses.append(torch.where(t == IGNORE, 0.0, normalizer - picked))
-            normalizers.append(normalizer)
-        if not losses:
-            return hidden.new_zeros(0, dtype=torch.float32)
+    def forward(ctx, hidden, weight, targets, bias, softcap, z_loss, chunk):
         ctx.packed = weight if isinstance(weight, PackedWeight) else None
-        ctx.save_for_backward(hidden, None if ctx.packed else weight, targets, bias, torch.cat(normalizers))
-        ctx.softcap, ctx.chunk = softcap, chunk
-        return torch.cat(losses)
+        ctx.save_for_backward(hidden, None if ctx.packed else weight, targets, bias)
+        ctx.options = softcap, z_loss, chunk
+        losses, ctx.grads = _with_gradients(hidden, weight, targets, bias, None, ctx.needs_input_grad, *ctx.options)
+        return losses
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        hidden, weight, targets, bias, normalizers = ctx.saved_tensors
-        weight = ctx.packed or weight
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-        parts = [x.split(ctx.chunk) for x in (hidden, targets, normalizers, grad_loss)]
-        for i, (h, t, normalizer, grad) in enumerate(zip(*parts)):
-            logits = _logits(h, weight, bias, ctx.softcap)
-            d = (logits - normalizer[:, None]).exp()  # the probabilities
-            d.scatter_add_(1, t.clamp_min(0)[:, None], d.new_full((len(t), 1), -1.0))
-            d *= torch.where(t == IGNORE, 0.0, grad)[:, None]
-            if ctx.softcap:
-                d *= 1 - (logits / ctx.softcap).square()
-            if grad_bias is not None:
-                grad_bias += d.sum(0)
-            d = d.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[i * ctx.chunk : i * ctx.chunk + len(h)] = linear_transposed(d, weight)
-            if grad_weight is not None:
-                grad_weight += (d.T @ h).float()
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, None, grad_bias, None, None
+    @once_differentiable
+    def backward(ctx, upstream):
+        hidden, weight, targets, bias = ctx.saved_tensors
+        scored = upstream[targets != IGNORE]
+        factor = float(scored[0]) if len(scored) else 1.0
+        grads, ctx.grads = ctx.grads, None
+        if grads is None or not bool((scored == factor).all()):  # a second way back, or tokens that weigh differently
+            weight = ctx.packed or weight
+            _, grads = _with_gradients(hidden, weight, targets, bias, upstream, ctx.needs_input_grad, *ctx.options)
+            factor = 1.0
+        d_hidden, d_weight, d_bias = (None if g is None else g.mul_(factor) for g in grads)
+        return d_hidden, d_weight, None, d_bias, None, None, None
+
+
+def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_loss, chunk):
+    """(losses, gradients of hidden, weight and bias), for tokens that weigh `upstream` (N,), or 1 each.
+
+    Accumulates in float32, but the gradient of a weight that meets only one chunk, which is rounded once.
+    """
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.zeros_like(hidden) if needed[0] else None
+    d_weight = d_bias = None
+    if needed[1]:
+        d_weight = torch.zeros_like(weight, dtype=weight.dtype if len(hidden) <= chunk else torch.float32)
+    if needed[3]:
+        d_bias = torch.zeros_like(bias, dtype=torch.float32)
+    dtype = product_dtype(hidden)
+    for i in range(0, len(hidden), chunk):
+        rows = slice(i, i + chunk)
+        h = hidden[rows]
+        d = _logits(h, weight, bias)
+        _softmax(losses[rows], d, targets[rows], softcap, z_loss)
+        if upstream is not None:
+            d *= upstream[rows, None]
+        d_h = 0.0
+        for block in _blocks(h, weight):
+            part = d[:, block].to(dtype)
+            if d_hidden is not None:
+                d_h = d_h + linear_transposed(part, weight if isinstance(weight, PackedWeight) else weight[block])
+            if d_weight is not None and d_weight.dtype == dtype:
+                d_weight[block].addmm_(part.T, h.to(dtype))
+            elif d_weight is not None:
+                d_weight[block] += part.T @ h.to(dtype)
+            if d_bias is not None:
+                d_bias[block] += part.sum(0, dtype=torch.float32)
+        if d_hidden is not None:
+            d_hidden[rows] = d_h
+    grads = d_hidden, d_weight, d_bias
+    wanted = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+    return losses, [None if g is None else g.to(w) for g, w in zip(grads, wanted)]
+
+
+def _blocks(hidden: Tensor, weight: Tensor | PackedWeight) -> Iterator[slice]:
+    """The vocabulary in parts: one, unless the weight has to be cast for its products."""
+    n = weight.shape[0]
+    step = BLOCK if cpu.emulates(hidden) and not isinstance(weight, PackedWeight) else n
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _logits(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, PackedWeight) or not cpu.emulates(hidden):
+        return linear(hidden, weight, bias)
+    logits = hidden.new_empty(len(hidden), weight.shape[0])
+    for block in _blocks(hidden, weight):
+        logits[:, block] = linear(hidden, weight[block], None if bias is None else bias[block])
+    return logits
+
+
+def _softmax(losses: Tensor, logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> None:
+    """Writes each row's loss, and over its logits the gradient of that loss."""
+    if cpu.usable(logits) and logits.dtype in cpu.FLOATS and logits.is_contiguous():
+        targets = targets.contiguous()
+        cpu.kernels.cross_entropy(
+            losses.data_ptr(),
+            logits.data_ptr(),
+            targets.data_ptr(),
+            *logits.shape,
+            cpu.DTYPE[logits.dtype],
+            IGNORE,
+            softcap,
+            z_loss,
+        )
+        return
+    for loss, rows, target in zip(losses.split(PIECE), logits.split(PIECE), targets.split(PIECE)):
+        x = rows.float()
+        slope = 1.0
+        if softcap:
+            t = torch.tanh(x / softcap)
+            x, slope = softcap * t, 1 - t.square()
+        lse, index = x.logsumexp(-1, keepdim=True), target.clamp_min(0)[:, None]
+        scored = (target != IGNORE)[:, None]
+        loss.copy_(torch.where(scored, lse - x.gather(1, index) + z_loss * lse.square(), 0.0)[:, 0])
+        d = (x - lse).exp() * (1 + 2 * z_loss * lse)
+        d.scatter_add_(1, index, torch.full_like(lse, -1.0))
+        rows.copy_(torch.where(scored, d * slope, 0.0))

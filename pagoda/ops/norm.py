@@ -1,10 +1,14 @@
 """RMS and layer norm, alone or with the residual added first: statistics in float32, results in x's dtype."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
+from pagoda.ops.recompute import made_by
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -14,6 +18,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """
     if _kernel_takes(x, weight):
         return _kernel_rms_norm(x, None, weight, eps, offset)[1]
+    if _kernel_trains(x, weight):
+        return _trained(x, None, weight, None, eps, offset)[1]
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * (weight.float() + offset)).to(x.dtype)
@@ -23,6 +29,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     """Layer norm over the last dimension (Ba et al. 2016). x (..., n), weight and bias (n,)."""
     if _kernel_takes(x, weight):
         return _kernel_layer_norm(x, None, weight, bias, eps)[1]
+    if _kernel_trains(x, weight):
+        return _trained(x, None, weight, bias, eps, None)[1]
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
@@ -39,6 +47,8 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: f
     """The residual step and the norm after it: `(x + delta, rms_norm(x + delta))`."""
     if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
         return _kernel_rms_norm(x, delta, weight, eps, offset)
+    if _kernel_trains(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
+        return _trained(x, delta, weight, None, eps, offset)
     x = x + delta
     return x, rms_norm(x, weight, eps, offset)
 
@@ -47,6 +57,8 @@ def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None
     """The residual step and the norm after it: `(x + delta, layer_norm(x + delta))`."""
     if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
         return _kernel_layer_norm(x, delta, weight, bias, eps)
+    if _kernel_trains(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
+        return _trained(x, delta, weight, bias, eps, None)
     x = x + delta
     return x, layer_norm(x, weight, bias, eps)
 
@@ -56,6 +68,10 @@ def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None
 
 def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
     return cpu.usable(x) and x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS and weight.is_contiguous()
+
+
+def _kernel_trains(x: Tensor, weight: Tensor) -> bool:
+    return cpu.trains(x) and x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS and weight.is_contiguous()
 
 
 def _layout(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int, int, int]:
@@ -112,3 +128,53 @@ def _kernel_layer_norm(
         eps,
     )
     return total, y
+
+
+# The same under gradients.
+
+
+class _Norm(torch.autograd.Function):
+    """(x + delta, its norm), or (None, the norm of x). What was normed is kept. RMS norm where offset is a number."""
+
+    @staticmethod
+    def forward(ctx, x, delta, weight, bias, eps, offset):
+        if offset is None:
+            total, y = _kernel_layer_norm(x, delta, weight, bias, eps)
+        else:
+            total, y = _kernel_rms_norm(x, delta, weight, eps, offset)
+        ctx.save_for_backward(x if delta is None else total, weight)
+        ctx.options, ctx.fused, ctx.bias_dtype = (eps, offset), delta is not None, None if bias is None else bias.dtype
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, grad):
+        x, weight = ctx.saved_tensors
+        (eps, offset), block = ctx.options, 32
+        grad = grad.contiguous()
+        grad_total = grad_total.contiguous() if ctx.fused else None
+        dx = torch.empty_like(grad)
+        x, n_rows, stride = cpu.rows(x)
+        shape = -(-n_rows // block), x.shape[-1]  # sums over blocks of rows, so that threads do not meet
+        sums = [torch.empty(shape) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
+        layout = n_rows, x.shape[-1], stride, cpu.DTYPE[x.dtype], cpu.DTYPE[weight.dtype]
+        tensors = [cpu.pointer(t) for t in (grad, grad_total, x, weight)]
+        if offset is None:
+            cpu.kernels.layer_norm_backward(
+                dx.data_ptr(), *(cpu.pointer(s) for s in sums), *tensors, *layout, eps, block
+            )
+        else:
+            cpu.kernels.rms_norm_backward(dx.data_ptr(), cpu.pointer(sums[0]), *tensors, *layout, eps, offset, block)
+        dtypes = weight.dtype, ctx.bias_dtype
+        d_weight, d_bias = (None if s is None else s.sum(0).to(dtype) for s, dtype in zip(sums, dtypes))
+        return dx, dx if ctx.fused else None, d_weight, d_bias, None, None
+
+
+def _trained(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, offset: float | None
+) -> tuple[Tensor | None, Tensor]:
+    total, y = _Norm.apply(x, delta, weight, bias, eps, offset)
+    x = x if delta is None else total
+    if offset is None:
+        return total, made_by(y, partial(layer_norm, eps=eps), x, weight, bias)
+    return total, made_by(y, partial(rms_norm, eps=eps, offset=offset), x, weight)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
 
@@ -12,28 +13,12 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     q (N, n_head, head_size), k (N, n_kv_head, head_size); cos, sin (N, rotary_dim / 2) float32. Dimension i of the
     first half of rotary_dim pairs with dimension i of the second ("NeoX" layout); what lies behind rotary_dim passes.
     """
-    if not (_kernel_takes(q, k) and _angles_fit(cos, sin)):
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
-    q, k = cpu.heads(q), cpu.heads(k)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    n, n_head, head_size = q.shape
-    cpu.kernels.rotary(
-        q_out.data_ptr(),
-        k_out.data_ptr(),
-        q.data_ptr(),
-        k.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        n,
-        n_head,
-        k.shape[1],
-        head_size,
-        cos.shape[1],
-        q.stride(0),
-        k.stride(0),
-        cpu.DTYPE[q.dtype],
-    )
-    return q_out, k_out
+    if q.dtype in cpu.FLOATS and k.dtype == q.dtype and _angles_fit(cos, sin):
+        if cpu.usable(q):
+            return _kernel_rotary(q, k, cos, sin)
+        if cpu.trains(q):
+            return _Rotary.apply(q, k, cos, sin)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -146,3 +131,41 @@ def _kernel_store(q_out, q, k, v, cos, sin, k_pages, v_pages, slots, k_scale, v_
         cpu.DTYPE[k.dtype],
         cpu.DTYPE[k_pages.dtype],
     )
+
+
+def _kernel_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = cpu.heads(q), cpu.heads(k)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    n, n_head, head_size = q.shape
+    cpu.kernels.rotary(
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        n,
+        n_head,
+        k.shape[1],
+        head_size,
+        cos.shape[1],
+        q.stride(0),
+        k.stride(0),
+        cpu.DTYPE[q.dtype],
+    )
+    return q_out, k_out
+
+
+class _Rotary(torch.autograd.Function):
+    """The way back turns by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _kernel_rotary(q, k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        cos, sin = ctx.saved_tensors
+        return *_kernel_rotary(grad_q, grad_k, cos, -sin), None, None

@@ -4,9 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pagoda.ops import cpu
+from pagoda.ops import loss as loss_file
+from pagoda.ops.formats import pack
 from pagoda.ops.loss import linear_cross_entropy
 
 N, N_EMBD, VOCAB = 23, 12, 31
+
+
+@pytest.fixture(params=[*(cpu.available() or []), "reference"], autouse=True)
+def path(request, monkeypatch):
+    """One kernel variant after the other, and the reference, which works in pieces of rows."""
+    monkeypatch.setattr(cpu, "kernels", None if request.param == "reference" else cpu.load(request.param))
+    monkeypatch.setattr(loss_file, "PIECE", 4)
+    return request.param
 
 
 def inputs(dtype=torch.float32, bias=True):
@@ -19,26 +30,30 @@ def inputs(dtype=torch.float32, bias=True):
     return *tensors, targets
 
 
-def exact(hidden, weight, bias, targets, softcap, upstream):
+def exact(hidden, weight, bias, targets, softcap, upstream, z_loss=0.0):
     """Losses and gradients by autograd in float64."""
     tensors = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     logits = F.linear(*tensors)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    losses = losses + z_loss * logits.logsumexp(-1).square() * (targets != -100)
     losses.backward(upstream.double())
     return losses.detach(), [None if x is None else x.grad for x in tensors]
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 23, 1000])
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("bias", [True, False])
-def test_losses_and_gradients_match_float64_autograd(bias, softcap, chunk):
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_losses_and_gradients_match_float64_autograd(bias, softcap, chunk, uniform, z_loss):
     hidden, weight, b, targets = inputs(bias=bias)
     upstream = torch.randn(N, generator=torch.Generator().manual_seed(1))
-    losses = linear_cross_entropy(hidden, weight, targets, b, softcap, chunk)
+    upstream = torch.full_like(upstream, 0.3) if uniform else upstream
+    losses = linear_cross_entropy(hidden, weight, targets, b, softcap, z_loss, chunk)
     losses.backward(upstream)
-    expected, grads = exact(hidden, weight, b, targets, softcap, upstream)
+    expected, grads = exact(hidden, weight, b, targets, softcap, upstream, z_loss)
     assert losses.dtype == torch.float32
     assert not losses[[0, 7, 22]].any()
     torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
@@ -50,7 +65,7 @@ def test_losses_and_gradients_match_float64_autograd(bias, softcap, chunk):
 def test_bfloat16_losses_are_float32_and_gradients_near():
     hidden, weight, b, targets = inputs(torch.bfloat16)
     upstream = torch.full((N,), 1 / N)
-    losses = linear_cross_entropy(hidden, weight, targets, b, 0.0, 8)
+    losses = linear_cross_entropy(hidden, weight, targets, b, chunk=8)
     losses.backward(upstream)
     expected, grads = exact(hidden, weight, b, targets, 0.0, upstream)
     assert losses.dtype == torch.float32
@@ -82,6 +97,55 @@ def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch):
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda h, *rest: rows.append(len(h)) or linear(h, *rest))
     hidden, weight, b, targets = inputs()
-    linear_cross_entropy(hidden, weight, targets, b, 0.0, 8).sum().backward()
+    linear_cross_entropy(hidden, weight, targets, b, chunk=8).sum().backward()
     assert max(rows) == 8
-    assert sum(rows) == 2 * N  # once forward, once backward
+    assert sum(rows) == N  # and once: the gradients are made with them
+
+
+def test_without_gradients_the_losses_are_the_same():
+    hidden, weight, b, targets = inputs()
+    losses = linear_cross_entropy(hidden, weight, targets, b, 3.0, 0.1, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, b, 3.0, 0.1, 8), losses.detach())
+
+
+def test_the_way_back_may_be_gone_twice():
+    hidden, weight, b, targets = inputs()
+    total = linear_cross_entropy(hidden, weight, targets, b).sum()
+    total.backward(retain_graph=True)
+    once = [x.grad.clone() for x in (hidden, weight, b)]
+    (3 * total).backward()
+    for x, first in zip((hidden, weight, b), once):
+        torch.testing.assert_close(x.grad, 4 * first)
+
+
+def test_a_packed_head_passes_the_gradient_on():
+    hidden, weight, b, targets = inputs()
+    packed = pack(weight, "float32")
+    linear_cross_entropy(hidden, packed, targets, b).sum().backward()
+    _, (expected, _, expected_b) = exact(hidden, weight, b, targets, 0.0, torch.ones(N))
+    torch.testing.assert_close(hidden.grad.double(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(b.grad.double(), expected_b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [8, 1024])
+def test_the_gradient_of_a_bfloat16_head_is_rounded_like_a_number_not_like_a_sum(chunk):
+    """Two roundings of a result (and the roundings of logits and probabilities), but none for each chunk."""
+    g = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(n, 64, generator=g).bfloat16().requires_grad_() for n in (200, 50))
+    targets = torch.randint(0, 50, (200,), generator=g)
+    linear_cross_entropy(hidden, weight, targets, chunk=chunk).mean().backward()
+    _, (expected, expected_weight, _) = exact(hidden, weight, None, targets, 0.0, torch.full((200,), 1 / 200))
+    for ours, theirs in ((hidden.grad, expected), (weight.grad, expected_weight)):
+        assert (ours.double() - theirs).norm() / theirs.norm() < 0.006
+
+
+def test_compiled_it_gives_the_same():
+    results = []
+    for function in (linear_cross_entropy, torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)):
+        hidden, weight, b, targets = inputs()
+        losses = function(hidden, weight, targets, b, 3.0, 0.1, 8)
+        losses.mean().backward()
+        results.append([losses.detach(), hidden.grad, weight.grad, b.grad])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)

@@ -98,12 +98,23 @@ def emulates(x: torch.Tensor) -> bool:
 def usable(x: torch.Tensor) -> bool:
     """Whether a kernel may read `x` by its pointer: a plain CPU tensor, nobody wants a gradient, nobody traces.
 
-    Costs 0.2 microseconds. Where gradients are enabled the callers run the differentiable reference.
+    Costs 0.2 microseconds. Where gradients are enabled `trains` says what to do.
     """
     return (
         kernels is not None
         and x.is_cpu
         and not torch.is_grad_enabled()
+        and type(x) is torch.Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def trains(x: torch.Tensor) -> bool:
+    """Whether gradients are enabled and a kernel may read `x`: then an autograd.Function calls it, both ways."""
+    return (
+        kernels is not None
+        and x.is_cpu
+        and torch.is_grad_enabled()
         and type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
     )

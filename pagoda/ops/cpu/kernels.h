@@ -10,6 +10,7 @@ using ptr = uintptr_t;
 void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype);
 void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype);
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype);
+void dequantize(ptr y, ptr weight, int64_t first, int64_t rows, int64_t dtype);
 
 // norm.cpp
 void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype);
@@ -17,10 +18,16 @@ void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int6
               int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset);
 void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_t rows, int64_t n, int64_t x_stride,
                 int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps);
+void rms_norm_backward(ptr dx, ptr dweight, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
+                       int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset, int64_t block);
+void layer_norm_backward(ptr dx, ptr dweight, ptr dbias, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
+                         int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, int64_t block);
 
 // activations.cpp
 void gated(ptr out, ptr gate, ptr up, int64_t rows, int64_t n, int64_t gate_stride, int64_t up_stride, int64_t dtype,
            int64_t act);
+void gated_backward(ptr dgate, ptr dup, ptr dy, ptr gate, ptr up, int64_t rows, int64_t n, int64_t gate_stride,
+                    int64_t up_stride, int64_t dtype, int64_t act);
 
 // rotary.cpp
 void rotary(ptr q_out, ptr k_out, ptr q, ptr k, ptr cos, ptr sin, int64_t rows, int64_t n_head, int64_t n_kv_head,
@@ -31,18 +38,34 @@ void rotary_store(ptr q_out, ptr q, ptr k, ptr v, ptr cos, ptr sin, ptr k_pages,
 
 // attention.cpp
 void attention(ptr out, ptr q, ptr k, ptr v, ptr cu_seqlens, ptr block_table, ptr seq_lens, ptr k_scale, ptr v_scale,
-               ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t page_size,
+               ptr alibi, ptr lse, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t page_size,
                int64_t max_pages, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t q_dtype,
                int64_t kv_dtype, int64_t causal, int64_t window, double scale, double softcap, int64_t products);
 
+// attention_backward.cpp
+void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, ptr lse, ptr q, ptr k, ptr v,
+                        ptr cu_seqlens, ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size,
+                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t causal,
+                        int64_t window, double scale, double softcap);
+
+// loss.cpp
+void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n, int64_t dtype, int64_t ignore,
+                   double softcap, double z_loss);
+
 #define KERNELS(X) \
-  X(linear)        \
-  X(linear_many)   \
-  X(embedding)     \
-  X(add)           \
-  X(rms_norm)      \
+  X(linear) \
+  X(linear_many) \
+  X(embedding) \
+  X(dequantize) \
+  X(add) \
+  X(rms_norm) \
   X(layer_norm) \
+  X(rms_norm_backward) \
+  X(layer_norm_backward) \
   X(gated) \
+  X(gated_backward) \
   X(rotary) \
   X(rotary_store) \
-  X(attention)
+  X(attention) \
+  X(attention_backward) \
+  X(cross_entropy)

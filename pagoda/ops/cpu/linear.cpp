@@ -1,4 +1,4 @@
-// The product with a packed weight, y = x w^T + bias + add, and the lookup of its rows.
+// The product with a packed weight, y = x w^T + bias + add, the lookup of its rows, and the matrix in plain numbers.
 //
 // The rows of the matrix are cut into tiles of 16, the lanes of the vectors. Activations are broadcast, so one packed
 // form serves one row and a whole prefill alike; every output adds up over k in one order, and its bits depend neither on
@@ -657,6 +657,32 @@ void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype) {
       with_float_type(dtype, [&](auto type) {
         auto out = (decltype(type)*)y + i * w.n_in;
         for (int64_t k = 0; k < w.n_in; k++) from_float(panel[k * TILE + row[i] % TILE], out + k);
+      });
+    }
+  });
+}
+
+// Rows first .. first + rows - 1 of the matrix as plain numbers, (rows, n_in); first is a multiple of TILE.
+void dequantize(ptr y, ptr weight, int64_t first, int64_t rows, int64_t dtype) {
+  auto& w = *(const Weight*)weight;
+  parallel_for((rows + TILE - 1) / TILE, 1, [&](int64_t begin, int64_t end) {
+    const int64_t K = w.units(64) * 64;
+    std::vector<float> panel(K * TILE + K / 4);
+    for (int64_t tile = begin; tile < end; tile++) {
+      unpack_tile(w, first / TILE + tile, panel.data(), panel.data() + K * TILE);
+      const int64_t n = std::min<int64_t>(TILE, rows - tile * TILE);
+      with_float_type(dtype, [&](auto type) {
+        auto out = (decltype(type)*)y + tile * TILE * w.n_in;
+        for (int64_t k = 0; k < w.n_in; k += W)
+          for (int64_t part = 0; part < TILE; part += W) {
+            vi block[W];
+            for (int i = 0; i < W; i++) block[i] = load_bits(&panel[(k + i) * TILE + part]);
+            transpose(block);
+            for (int64_t r = part; r < std::min<int64_t>(n, part + W); r++) {
+              if (k + W <= w.n_in) store(out + r * w.n_in + k, (vf)block[r - part]);
+              else store_part(out + r * w.n_in + k, (vf)block[r - part], int(w.n_in - k));
+            }
+          }
       });
     }
   });

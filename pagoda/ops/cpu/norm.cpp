@@ -1,8 +1,10 @@
-// RMS and layer norm over rows, alone or with the residual added first.
+// RMS and layer norm over rows, alone or with the residual added first, and the way back.
 //
 // Bound: memory. A row is read once and written once (with a residual: two reads, two writes), 2 to 4 x n x the element's
 // size; it stays in the L1 cache between the two passes. Sums are taken in W lanes, in the row's order, so a row's
 // result depends on nothing but the row.
+#include <array>
+
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -24,6 +26,31 @@ void over_rows(ptr out, ptr sum, ptr x, ptr delta, int64_t rows, int64_t n, int6
     for (int64_t r = begin; r < end; r++)
       f((T*)out + r * n, residual((T*)sum + r * n, (const T*)x + r * x_stride,
                                   delta ? (const T*)delta + r * delta_stride : nullptr, n));
+  });
+}
+
+// f(dx, dy, dsum, x, weight, sums) for every row; sums are the float32 rows for its block of rows.
+template <size_t N, class F>
+void backward_over_rows(ptr dx, const ptr (&sums)[N], ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
+                        int64_t x_stride, int64_t dtype, int64_t weight_dtype, int64_t block, F f) {
+  std::array<float*, N> first;
+  for (size_t i = 0; i < N; i++) first[i] = (float*)sums[i];
+  with_float_type(dtype, [&](auto type) {
+    with_float_type(weight_dtype, [&](auto weight_type) {
+      using T = decltype(type);
+      parallel_for((rows + block - 1) / block, GRAIN / (n * block + 1) + 1, [=](int64_t begin, int64_t end) {
+        for (int64_t r = begin * block; r < std::min(end * block, rows); r++) {
+          std::array<float*, N> sum = first;
+          for (float*& to : sum) {
+            if (!to) continue;
+            to += r / block * n;
+            if (r % block == 0) std::fill(to, to + n, 0.0f);
+          }
+          f((T*)dx + r * n, (const T*)dy + r * n, dsum ? (const T*)dsum + r * n : nullptr, (const T*)x + r * x_stride,
+            (const decltype(weight_type)*)weight, sum);
+        }
+      });
+    });
   });
 }
 
@@ -88,6 +115,57 @@ void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_
           store(y + i, b ? add(a, load(b + i)) : a);
         });
       });
+    });
+  });
+}
+
+// dx = dsum + the gradient through the norm, where dsum (or 0) is what else reaches x. The gradients of weight and bias
+// (0: not wanted) add up over `block` consecutive rows, and stand in row after row of (rows / block, n) float32: the
+// caller sums these, and the bits do not depend on the number of threads.
+void rms_norm_backward(ptr dx, ptr dweight, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
+                       int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset, int64_t block) {
+  const vf shift = set1(float(offset));
+  backward_over_rows(dx, {dweight}, dy, dsum, x, weight, rows, n, x_stride, dtype, weight_dtype, block,
+                     [=](auto* d, const auto* g, const auto* more, const auto* a, const auto* w, auto partial) {
+    vf squares = zero(), products = zero();
+    for_each_vector(n, [&](int64_t i, auto load, auto) {
+      vf b = load(a + i);
+      squares = fma(b, b, squares);
+      products = fma(mul(load(g + i), add(load(w + i), shift)), b, products);
+    });
+    const float scale = 1.0f / std::sqrt(reduce_add(squares) / n + float(eps));
+    const vf s = set1(scale), back = set1(reduce_add(products) / n * scale * scale * scale);
+    for_each_vector(n, [&](int64_t i, auto load, auto store) {
+      vf b = load(a + i), c = mul(load(g + i), s), grad = fnma(b, back, mul(c, add(load(w + i), shift)));
+      store(d + i, more ? add(grad, load(more + i)) : grad);
+      if (float* dw = partial[0]) store(dw + i, fma(c, b, load(dw + i)));
+    });
+  });
+}
+
+void layer_norm_backward(ptr dx, ptr dweight, ptr dbias, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
+                         int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, int64_t block) {
+  backward_over_rows(dx, {dweight, dbias}, dy, dsum, x, weight, rows, n, x_stride, dtype, weight_dtype, block,
+                     [=](auto* d, const auto* g, const auto* more, const auto* a, const auto* w, auto partial) {
+    vf total = zero();
+    for_each_vector(n, [&](int64_t i, auto load, auto) { total = add(total, load(a + i)); });
+    const float middle = reduce_add(total) / n;
+    vf mean = set1(middle), squares = zero(), sum = zero(), products = zero();
+    for_each_vector(n, [&](int64_t i, auto load, auto) {
+      vf b = sub(load(a + i), mean), c = mul(load(g + i), load(w + i));
+      squares = fma(b, b, squares);
+      sum = add(sum, c);
+      products = fma(b, c, products);
+    });
+    const int64_t behind = (W - n % W) % W;  // lanes behind the row's end count as 0 - mean
+    const float scale = 1.0f / std::sqrt((reduce_add(squares) - behind * middle * middle) / n + float(eps));
+    const vf s = set1(scale), first = set1(reduce_add(sum) / n), second = set1(reduce_add(products) / n * scale * scale);
+    for_each_vector(n, [&](int64_t i, auto load, auto store) {
+      vf b = sub(load(a + i), mean), y = load(g + i), c = mul(y, load(w + i));
+      vf grad = mul(fnma(b, second, sub(c, first)), s);
+      store(d + i, more ? add(grad, load(more + i)) : grad);
+      if (float* dw = partial[0]) store(dw + i, fma(mul(b, s), y, load(dw + i)));
+      if (float* db = partial[1]) store(db + i, add(y, load(db + i)));
     });
   });
 }

@@ -1,0 +1,180 @@
+// What attention.cpp and attention_backward.cpp share: who attends to what, scores, and small matrix products.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int MR = W == 16 ? 6 : 4, NV = W == 16 ? 4 : 2;  // rows and vectors of a product that fit in the registers
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+struct Problem {
+  ptr out, q, k, v;
+  const int32_t *cu_seqlens, *block_table, *seq_lens;
+  const float *k_scale, *v_scale, *alibi;
+  float* lse;  // null, or (rows, n_head): the logarithm of each softmax's denominator, for the backward pass
+  int64_t n_seq, n_head, n_kv_head, head_size, page_size, max_pages, q_stride, k_stride, v_stride, q_dtype, kv_dtype;
+  int64_t causal, window;
+  float scale, softcap;
+
+  int64_t group() const { return n_head / n_kv_head; }
+  int64_t padded() const { return (head_size + 2 * W - 1) / (2 * W) * (2 * W); }
+};
+
+struct Sequence {  // one sequence of the stream
+  const Problem& p;
+  int64_t first, n_q, n_k;  // its first query's row; how many queries and keys
+  const int32_t* pages;
+
+  Sequence(const Problem& p, int64_t s) : p(p), first(p.cu_seqlens[s]), n_q(p.cu_seqlens[s + 1] - first) {
+    n_k = p.seq_lens ? p.seq_lens[s] : n_q;
+    pages = p.block_table ? p.block_table + s * p.max_pages : nullptr;
+  }
+  int64_t position(int64_t query) const { return n_k - n_q + query; }
+  // Query sees keys low .. high - 1.
+  int64_t low(int64_t query) const { return p.window ? std::max<int64_t>(0, position(query) - p.window + 1) : 0; }
+  int64_t high(int64_t query) const { return p.causal ? position(query) + 1 : n_k; }
+
+  // The rows of k and v (counted in tokens) where keys from .. to - 1 stand.
+  void locate(int64_t from, int64_t to, int64_t* rows) const {
+    for (int64_t j = from; j < to;) {
+      int64_t row = first + j, run = to - j;  // `run` keys stand in consecutive rows
+      if (pages) {
+        row = pages[j / p.page_size] * p.page_size + j % p.page_size;
+        run = std::min(run, p.page_size - j % p.page_size);
+      }
+      for (int64_t i = 0; i < run; i++) rows[j - from + i] = row + i;
+      j += run;
+    }
+  }
+};
+
+// One head's keys or values, by token row.
+template <class T> struct Heads {
+  const T* base;
+  int64_t stride, head_size;
+  const float* scale;  // int8: one per token row, n_kv_head apart; otherwise nullptr
+  int64_t scale_stride;
+
+  Heads(ptr base, int64_t stride, const float* scale, const Problem& p, int64_t head)
+      : base((const T*)base + head * p.head_size), stride(stride), head_size(p.head_size),
+        scale(scale ? scale + head : nullptr), scale_stride(p.n_kv_head) {}
+  INLINE const T* row(int64_t at) const { return base + at * stride; }
+  INLINE void fetch(int64_t at) const { prefetch(row(at), head_size * sizeof(T)); }
+  INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
+};
+
+void read_row(float* to, ptr from, int64_t at, int64_t dtype, int64_t n) {
+  with_float_type(dtype, [&](auto type) {
+    auto row = (const decltype(type)*)from + at;
+    for_each_vector(n, [&](int64_t i, auto load, auto store) { store(to + i, load(row + i)); });
+  });
+}
+
+void write_row(ptr to, int64_t at, int64_t dtype, const float* from, float factor, int64_t n) {
+  with_float_type(dtype, [&](auto type) {
+    auto row = (decltype(type)*)to + at;
+    for_each_vector(n, [&](int64_t i, auto load, auto store) { store(row + i, mul(load(from + i), set1(factor))); });
+  });
+}
+
+// Turns a row's products q.k with keys start .. start + n - 1 (n a multiple of W) into scores, -infinity for the keys
+// that the query does not see. Returns their maximum, or `before` if that is larger.
+INLINE float score(const Sequence& s, float* x, int64_t n, int64_t start, int64_t query, int64_t head, float before) {
+  static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Problem& p = s.p;
+  const vf scale = set1(p.scale);
+  vf largest = set1(before);
+  if (p.softcap || p.alibi) {
+    const vf cap = set1(p.softcap), slope = set1(p.alibi ? p.alibi[head] : 0);
+    for (int64_t i = 0; i < n; i += W) {
+      vf a = mul(load(x + i), scale);
+      if (p.softcap) a = mul(cap, tanh(div(a, cap)));
+      if (p.alibi) a = fma(slope, add(load(LANE), set1(float(start + i - s.position(query)))), a);
+      store(x + i, a);
+      largest = max(a, largest);
+    }
+  } else {
+    for (int64_t i = 0; i < n; i += W) {
+      vf a = mul(load(x + i), scale);
+      store(x + i, a);
+      largest = max(a, largest);
+    }
+  }
+  const int64_t low = s.low(query) - start, high = s.high(query) - start;
+  if (low > 0 || high < n) {
+    for (int64_t i = 0; i < std::min(low, n); i++) x[i] = -INF;
+    for (int64_t i = std::max<int64_t>(high, 0); i < n; i++) x[i] = -INF;
+    largest = set1(before);
+    for (int64_t i = 0; i < n; i += W) largest = max(load(x + i), largest);
+  }
+  return reduce_max(largest);
+}
+
+// Scores become weights exp(score - maximum); returns their sum.
+INLINE float weigh(float* x, int64_t n, float maximum) {
+  const vf shift = set1(maximum == -INF ? 0 : maximum);  // nothing seen yet: the weights are exp(-infinity) = 0
+  vf total = zero();
+  for (int64_t i = 0; i < n; i += W) {
+    vf a = exp(sub(load(x + i), shift));
+    store(x + i, a);
+    total = add(total, a);
+  }
+  return reduce_add(total);
+}
+
+// What weights relative to the maximum `before` shrink by when the maximum grows to `now`.
+INLINE vf shrink(vf before, vf now) {
+  const vf lowest = set1(-std::numeric_limits<float>::max());  // -infinity twice (nothing seen yet) is no growth
+  return exp(sub(max(before, lowest), max(now, lowest)));
+}
+
+// Runs f(R) for the compile-time constant R = rows, at most MOST.
+template <int MOST, class F> INLINE void with_count(int64_t rows, F f) {
+  if (rows == MOST) f(std::integral_constant<int, MOST>());
+  else if constexpr (MOST > 1) with_count<MOST - 1>(rows, f);
+}
+
+// Matrix products on 32-bit cells: a cell holds one float32, or a pair of bf16 that lie along the summed dimension.
+struct Float32 {
+  static constexpr int64_t PER_CELL = 1;
+  static INLINE vf step(vf acc, vf a, vf b) { return fma(a, b, acc); }
+};
+struct PairsOfBf16 {
+  static constexpr int64_t PER_CELL = 2;
+  static INLINE vf step(vf acc, vf a, vf b) { return dot_bf16(acc, (vi)a, (vi)b); }
+};
+
+// c (MR, N * W) = [c +] a (MR, depth) b (depth, N * W), all of c in registers. TRANSPOSED: a is (depth, MR).
+template <class Cell, int N, bool TRANSPOSED>
+void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  vf acc[MR][N];
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < N; n++) acc[m][n] = accumulate ? load(c + m * ldc + n * W) : zero();
+  for (int64_t i = 0; i < depth; i++) {
+    vf row[N];
+    for (int n = 0; n < N; n++) row[n] = load(b + i * ldb + n * W);
+    for (int m = 0; m < MR; m++) {
+      const vf x = set1(TRANSPOSED ? a[i * lda + m] : a[m * lda + i]);
+      for (int n = 0; n < N; n++) acc[m][n] = Cell::step(acc[m][n], x, row[n]);
+    }
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+// c (rows, columns) = [c +] a (rows, depth) b (depth, columns); `rows` is a multiple of MR, `columns` of W.
+template <class Cell, bool TRANSPOSED = false>
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t columns, int64_t depth,
+             float* c, int64_t ldc, bool accumulate) {
+  for (int64_t n = 0; n < columns; n += NV * W)  // b's column block stays in the L1 cache
+    with_count<NV>(std::min<int64_t>(NV, (columns - n) / W), [&](auto N) {
+      for (int64_t m = 0; m < rows; m += MR)
+        product_block<Cell, N, TRANSPOSED>(a + m * (TRANSPOSED ? 1 : lda), lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
+    });
+}
+
+}  // namespace

@@ -1,0 +1,126 @@
+// The way back through attention: dq, dk, dv from dout, without ever holding all scores (Dao et al. 2022).
+//
+// Bound: multiplications, 10 x head_size per query head and visible key. A thread takes (sequence, query head) items. For
+// each tile of keys it goes through the tiles of queries that see them, computes their weights again from the
+// log-sum-exp that the forward pass left, and adds up, all in float32:
+//   weights P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P (dP - rows of dO . O), dK += dS^T Q, dQ += dS K.
+// The heads of a group leave their dk and dv in scratch, which is summed in their order: the bits do not depend on the
+// number of threads.
+#include <vector>
+
+#include "attention.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int64_t TILE = 48;  // queries and keys of a tile: a multiple of MR and W for every instruction set
+
+struct Gradients { ptr dq, dout; float *dk, *dv; };  // dk, dv: (rows, n_head, head_size) float32
+
+// Rows of `columns` floats transposed: (rows, columns) to (columns, rows). Both are multiples of W.
+void transpose_rows(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t c = 0; c < columns; c += W) {
+      vi block[W];
+      for (int i = 0; i < W; i++) block[i] = load_bits(from + (r + i) * columns + c);
+      transpose(block);
+      for (int i = 0; i < W; i++) store_bits(to + (c + i) * rows + r, block[i]);
+    }
+}
+
+void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int64_t head) {
+  const Sequence s(p, sequence);
+  const int64_t d = p.head_size, padded = p.padded(), all = (s.n_q + TILE - 1) / TILE * TILE, kv_head = head / p.group();
+  static thread_local std::vector<float> memory;
+  memory.assign(all * (3 * padded + 1) + TILE * 6 * padded + 2 * TILE * TILE, 0.0f);
+  float *q = memory.data(), *go = q + all * padded, *dq = go + all * padded, *delta = dq + all * padded;
+  float *k = delta + all, *v = k + TILE * padded, *kt = v + TILE * padded, *vt = kt + TILE * padded;
+  float *dk = vt + TILE * padded, *dv = dk + TILE * padded, *x = dv + TILE * padded, *dx = x + TILE * TILE;
+
+  for (int64_t r = 0; r < s.n_q; r++) {
+    const int64_t row = ((s.first + r) * p.n_head + head) * d;
+    read_row(k, p.out, row, p.q_dtype, d);
+    read_row(q + r * padded, p.q, (s.first + r) * p.q_stride + head * d, p.q_dtype, d);
+    read_row(go + r * padded, to.dout, row, p.q_dtype, d);
+    vf dot = zero();
+    for (int64_t i = 0; i < padded; i += W) dot = fma(load(k + i), load(go + r * padded + i), dot);
+    delta[r] = reduce_add(dot);
+  }
+  const vf scale = set1(p.scale), inverse_cap = set1(p.softcap ? 1 / p.softcap : 0), one = set1(1);
+  for (int64_t start = 0; start < s.n_k; start += TILE) {
+    const int64_t n = std::min(TILE, s.n_k - start);
+    std::fill(k, kt, 0.0f);
+    std::fill(dk, x, 0.0f);
+    for (int64_t t = 0; t < n; t++) {
+      read_row(k + t * padded, p.k, (s.first + start + t) * p.k_stride + kv_head * d, p.kv_dtype, d);
+      read_row(v + t * padded, p.v, (s.first + start + t) * p.v_stride + kv_head * d, p.kv_dtype, d);
+    }
+    transpose_rows(k, TILE, padded, kt);
+    transpose_rows(v, TILE, padded, vt);
+    for (int64_t i = 0; i < s.n_q; i += TILE) {
+      const int64_t rows = std::min(TILE, s.n_q - i);
+      if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
+      product<Float32>(q + i * padded, padded, kt, TILE, TILE, TILE, padded, x, TILE, false);
+      product<Float32>(go + i * padded, padded, vt, TILE, TILE, TILE, padded, dx, TILE, false);
+      for (int64_t r = 0; r < rows; r++) {
+        float *weight = x + r * TILE, *grad = dx + r * TILE;
+        score(s, weight, TILE, start, i + r, head, -INF);
+        const vf lse = set1(p.lse[(s.first + i + r) * p.n_head + head]), mean = set1(delta[i + r]);
+        for (int64_t j = 0; j < TILE; j += W) {
+          const vf a = load(weight + j), w = exp(sub(a, lse));
+          vf g = mul(mul(w, sub(load(grad + j), mean)), scale);
+          if (p.softcap) {  // hidden keys have -infinity for a score: their slope is that of the cap's lower end, 0
+            const vf t = mul(max(a, set1(-p.softcap)), inverse_cap);
+            g = mul(g, fnma(t, t, one));
+          }
+          store(weight + j, w);
+          store(grad + j, g);
+        }
+      }
+      std::fill(x + rows * TILE, x + TILE * TILE, 0.0f);
+      std::fill(dx + rows * TILE, dx + TILE * TILE, 0.0f);
+      product<Float32, true>(x, TILE, go + i * padded, padded, TILE, padded, TILE, dv, padded, true);
+      product<Float32, true>(dx, TILE, q + i * padded, padded, TILE, padded, TILE, dk, padded, true);
+      product<Float32>(dx, TILE, k, padded, TILE, padded, TILE, dq + i * padded, padded, true);
+    }
+    for (int64_t t = 0; t < n; t++) {
+      const int64_t row = ((s.first + start + t) * p.n_head + head) * d;
+      memcpy(to.dk + row, dk + t * padded, d * sizeof(float));
+      memcpy(to.dv + row, dv + t * padded, d * sizeof(float));
+    }
+  }
+  for (int64_t r = 0; r < s.n_q; r++)
+    write_row(to.dq, ((s.first + r) * p.n_head + head) * d, p.q_dtype, dq + r * padded, 1, d);
+}
+
+}  // namespace
+
+// dq, dk, dv, dout and out are dense, all of one dtype; scratch is (2, rows, n_head, head_size) float32.
+void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, ptr lse, ptr q, ptr k, ptr v,
+                        ptr cu_seqlens, ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size,
+                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t causal,
+                        int64_t window, double scale, double softcap) {
+  const Problem p{out, q, k, v, (const int32_t*)cu_seqlens, nullptr, nullptr, nullptr, nullptr, (const float*)alibi,
+                  (float*)lse, n_seq, n_head, n_kv_head, head_size, 0, 0, q_stride, k_stride, v_stride, dtype, dtype,
+                  causal, window, float(scale), float(softcap)};
+  const int64_t rows = p.cu_seqlens[n_seq], size = n_head * head_size, group = p.group();
+  const Gradients to{dq, dout, (float*)scratch, (float*)scratch + rows * size};
+  std::vector<int64_t> longest_first(n_seq);
+  for (int64_t s = 0; s < n_seq; s++) longest_first[s] = s;
+  std::stable_sort(longest_first.begin(), longest_first.end(),
+                   [&](int64_t a, int64_t b) { return Sequence(p, a).n_q > Sequence(p, b).n_q; });
+  parallel_dynamic(n_seq * n_head, [&](int64_t i) { backward_head(p, to, longest_first[i / n_head], i % n_head); });
+  parallel_for(rows * n_kv_head, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(head_size);
+    for (int64_t i = begin; i < end; i++)
+      for (auto [from, result] : {std::pair{to.dk, dk}, std::pair{to.dv, dv}}) {
+        from += i * group * head_size;
+        for (int64_t j = 0; j < head_size; j++) sum[j] = from[j];
+        for (int64_t h = 1; h < group; h++)
+          for (int64_t j = 0; j < head_size; j++) sum[j] += from[h * head_size + j];
+        write_row(result, i * head_size, dtype, sum.data(), 1, head_size);
+      }
+  });
+}
