@@ -238,8 +238,8 @@ class GPT(nn.Module):
             tokens = tokens.flatten(0, 1)
         x = self.hidden(tokens, batch or Batch.of([len(tokens)], tokens.device))
         if targets is not None:
-            cap, extra = self.config.logit_softcap, {"z_loss": z_loss} if z_loss else {}
-            losses = linear_cross_entropy(x, self.head.weight, targets.flatten(), self.head.bias, cap, **extra)
+            cap = self.config.logit_softcap
+            losses = linear_cross_entropy(x, self.head.weight, targets.flatten(), self.head.bias, cap, z_loss)
             return losses if len(lead) == 1 else losses.view(lead)
         if logits_at is not None:
             return self.logits(x[logits_at])
