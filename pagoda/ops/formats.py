@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from pagoda.common import PagodaError
-from pagoda.ops import cpu
 
 TILE = 16  # rows of a tile
 BLOCK = 32  # elements of k whose integer products are summed before they are scaled
@@ -84,18 +83,12 @@ class PackedWeight(nn.Module):
             out[rows] = part
         return out
 
-    def chunks(self, dtype: torch.dtype = torch.float32):
-        """Pairs of a slice of rows and their values (at most 1,024 rows, n_in)."""
-        n_out, n_in = self.shape
+    def chunks(self):
+        """Pairs of a slice of rows and their values, float32 (at most 1,024 rows, n_in)."""
+        n_out = self.shape[0]
         for tile in range(0, len(self.quants), CHUNK):
             rows = slice(tile * TILE, min(n_out, (tile + CHUNK) * TILE))
-            n, address = rows.stop - rows.start, self.kernel_view()[0]
-            if address and cpu.kernels is not None and dtype in cpu.FLOATS:
-                part = torch.empty(n, n_in, dtype=dtype)
-                cpu.kernels.dequantize(part.data_ptr(), address, rows.start, n, cpu.DTYPE[dtype])
-            else:
-                part = self._tiles(slice(tile, tile + CHUNK)).flatten(0, 1)[:n].to(dtype)
-            yield rows, part
+            yield rows, self._tiles(slice(tile, tile + CHUNK)).flatten(0, 1)[: rows.stop - rows.start]
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows by ids (N,) int64: (N, n_in) float32."""

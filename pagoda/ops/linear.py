@@ -7,6 +7,9 @@ thousand rows at a time; on a CPU the kernel of `ops/cpu/linear.cpp` reads the p
 depends on its own row of x alone, bit for bit, whatever else is in the batch and however many threads run.
 """
 
+import threading
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,8 @@ from pagoda.ops.formats import PackedWeight
 from pagoda.ops.recompute import to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
+SCRATCH = 2**22  # numbers of a matrix that is cast into memory which stays
+_LOCAL = threading.local()
 
 
 def linear(
@@ -68,15 +73,53 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
 
 def linear_transposed(y: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """`y @ weight`: y (..., n_out), weight (n_out, n_in); the way back through `linear`. No gradients."""
-    dtype = product_dtype(y)
-    if isinstance(weight, Tensor):
-        return (y.to(dtype) @ weight.to(dtype)).to(y.dtype)
-    return sum((y[..., rows].to(dtype) @ part).float() for rows, part in weight.chunks(dtype)).to(y.dtype)
+    if not isinstance(weight, PackedWeight):
+        dtype = product_dtype(y)
+        return product(_cast(y, dtype, "y"), _cast(weight, dtype, "weight"), y.dtype)
+    total = 0.0
+    for rows, part in _chunks(weight, product_dtype(y)):
+        total = total + (y[..., rows].to(part.dtype) @ part).float()
+    return total.to(y.dtype)
+
+
+def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """`weight.chunks()` in a dtype, by the kernel where there is one."""
+    address, n_out, n_in = weight.kernel_view()
+    if not address or cpu.kernels is None or dtype not in _FLOATS:
+        yield from ((rows, part.to(dtype)) for rows, part in weight.chunks())
+        return
+    for first in range(0, n_out, 1024):
+        part = torch.empty(min(1024, n_out - first), n_in, dtype=dtype)
+        cpu.kernels.dequantize(part.data_ptr(), address, first, len(part), _FLOATS[dtype])
+        yield slice(first, first + len(part)), part
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What products of x are fastest in: its own dtype, or float32 where PyTorch would emulate that."""
     return torch.float32 if cpu.emulates(x) else x.dtype
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` of matrices, rounded to dtype once."""
+    out = None if a.dtype == dtype else _scratch("result", torch.Size((len(a), b.shape[1])), a.dtype)
+    y = torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    return y.to(dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    return x if x.dtype == dtype else _scratch(name, x.shape, dtype).copy_(x)
+
+
+def _scratch(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Memory for a matrix that one product needs in another dtype, and the next product again: fresh memory costs a
+    page fault every 4 KB, and leaves the heap in pieces."""
+    n = shape.numel()
+    if n > SCRATCH:
+        return torch.empty(shape, dtype=dtype)
+    kept = _LOCAL.__dict__
+    if (name, dtype) not in kept or len(kept[name, dtype]) < n:
+        kept[name, dtype] = torch.empty(n, dtype=dtype)
+    return kept[name, dtype][:n].view(shape)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,24 +162,27 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        dtype = product_dtype(x)
         ctx.make_x, kept = to_keep(x) if ctx.needs_input_grad[1] else (None, ())
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+        dtype, rows = product_dtype(x), x.flatten(0, -2)
+        bias = None if bias is None else bias.to(dtype)
+        y = product(_cast(rows, dtype, "x"), _cast(weight, dtype, "weight").T, x.dtype, bias)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, *kept = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        dtype = product_dtype(grad)
-        g = grad.to(dtype)
-        dx = None if weight is None else (g @ weight.to(dtype)).to(grad.dtype)
-        g = g.flatten(0, -2)
-        dw = None
+        dtype, rows = product_dtype(grad), grad.flatten(0, -2)
+        g = _cast(rows, dtype, "y")
+        dx = dw = None
+        if weight is not None:
+            dx = product(g, _cast(weight, dtype, "weight"), grad.dtype).view(*grad.shape[:-1], -1)
         if ctx.make_x is not None:
-            dw = (g.T @ ctx.make_x(*kept).flatten(0, -2).to(dtype)).to(weight_dtype)
+            x = ctx.make_x(*kept).flatten(0, -2)
+            dw = product(g.T, _cast(x, dtype, "x"), weight_dtype)
         db = g.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db
 

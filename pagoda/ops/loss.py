@@ -12,7 +12,7 @@ from pagoda.ops.formats import PackedWeight
 from pagoda.ops.linear import linear, linear_transposed, product_dtype
 
 IGNORE = -100  # the target of a token that is not scored (PyTorch's own convention)
-BLOCK = 8192  # rows of the head that are cast to float32 at a time, where PyTorch would emulate bf16
+BLOCK = 2048  # rows of the head that are cast to float32 at a time, where PyTorch would emulate bf16
 PIECE = 64  # rows of logits that the reference works on in float32
 
 
