@@ -23,21 +23,22 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 0,
 ) -> Tensor:
     """`cross_entropy(hidden @ weight.T + bias, targets, reduction="none")` in float32, with gradients.
 
     hidden (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64, -100 where nothing is scored. A packed weight
     takes no gradient. z_loss adds `z_loss * logsumexp(logits)^2` per scored token (Chowdhery et al. 2022, "PaLM").
     Returns (N,) float32: the loss per token in nats, 0 where nothing is scored. At most `chunk` rows of logits exist at
-    a time, in hidden's dtype.
+    a time, in hidden's dtype (0: 1,024, but 512 of float32 where gradients are wanted).
 
     Where gradients are wanted, they are computed while the logits are there (as Liger Kernel does, Hsu et al. 2024),
     for a loss that is the sum over tokens; the way back scales them. If it turns out that tokens weigh differently in
     the loss, the head's gradients are computed again.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _reference(hidden, weight, targets, bias, softcap, z_loss, chunk)
+        return _reference(hidden, weight, targets, bias, softcap, z_loss, chunk or 1024)
+    chunk = chunk or 2048 // hidden.element_size()
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, z_loss, chunk)
 
 
