@@ -137,7 +137,7 @@ def start_job(
         main=workers.main,
         tensorboard=options.tensorboard,
         wandb=options.wandb,
-        flops_per_token=3 * model.flops_per_token(options.seq_len),
+        flops_per_token=(2 if method else 3) * model.flops_per_token(options.seq_len),  # frozen weights: no gradients
         peak_flops=workers.size * gemm_rate(compute, workers.device) if workers.main else 0.0,
         memory=lambda: peak_memory(workers.device),
     )
