@@ -12,6 +12,7 @@ from pagoda.ops.formats import PackedWeight
 from pagoda.ops.linear import linear, linear_transposed, product_dtype
 
 IGNORE = -100  # the target of a token that is not scored (PyTorch's own convention)
+CHUNK_BYTES = 2048  # of a column of logits: what a chunk of rows has
 BLOCK = 2048  # rows of the head that are cast to float32 at a time, where PyTorch would emulate bf16
 PIECE = 64  # rows of logits that the reference works on in float32
 
@@ -38,7 +39,7 @@ def linear_cross_entropy(
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _reference(hidden, weight, targets, bias, softcap, z_loss, chunk or 1024)
-    chunk = chunk or 2048 // hidden.element_size()
+    chunk = chunk or CHUNK_BYTES // hidden.element_size()
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, z_loss, chunk)
 
 

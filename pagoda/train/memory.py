@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,13 +20,12 @@ from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
 from pagoda.ops import cpu
-from pagoda.ops.loss import BLOCK
+from pagoda.ops.loss import BLOCK, CHUNK_BYTES
 from pagoda.train.optim import state_bytes, step_bytes
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
 GIB = 2**30
-HEAD_ROWS = 1024  # of logits at a time, as linear_cross_entropy has it
 
 
 @dataclass
@@ -67,25 +67,15 @@ def check_memory(
     have = available(workers.device) // (workers.size if workers.device.type == "cpu" else 1)
     if need.peak - need.program <= have:
         return need
-    for name, fits in (
-        (
-            f"--{'optimizer'} {o} --train.precision {p} --train.checkpointing {c} --train.micro_batch_size {m}",
-            (o, p, c, m),
-        )
-        for o, p in ((optimizer, options.precision), ("adamw8bit", options.precision), ("adafactor", "bf16"))
-        for c in ("none", "full")
-        for m in sizes_below(options.micro_batch_size)
-    ):
-        o, p, c, m = fits
+    advice = "no setting fits: use a smaller model, a shorter --train.seq_len, or more processes with zero3"
+    optimizers = ((optimizer, options.precision), ("adamw8bit", options.precision), ("adafactor", "bf16"))
+    for (o, p), c, m in product(optimizers, ("none", "full"), sizes_below(options.micro_batch_size)):
         changed = replace(options, precision=p, checkpointing=c, micro_batch_size=m)
         if estimate(model, o, changed, workers, kept).peak - need.program <= have:
-            advice = f"these settings would fit: {name}"
+            names = f"--train.precision {p} --train.checkpointing {c} --train.micro_batch_size {m}"
+            advice = f"this would fit: --optimizer {o} {names}"
             break
-    else:
-        advice = "no setting fits: use a smaller model, a shorter --train.seq_len, or more processes with zero3"
-    raise PagodaError(
-        f"this run needs {need.peak / GIB:.2f} GiB per process and {have / GIB:.2f} GiB are free; {advice}"
-    )
+    raise PagodaError(f"this run needs {need.peak / GIB:.2f} GiB per process, {have / GIB:.2f} GiB are free; {advice}")
 
 
 def sizes_below(n: int) -> list[int]:
@@ -129,10 +119,11 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
 
 def head_bytes(model: GPT, n_tokens: int, compute: int, device: torch.device) -> int:
     """What `linear_cross_entropy` holds: a chunk of logits, the head's gradient, and casts where bf16 is emulated."""
-    chunk, (vocab_size, n_embd) = min(n_tokens, HEAD_ROWS), (model.config.vocab_size, model.config.n_embd)
+    rows, vocab_size, n_embd = CHUNK_BYTES // compute, model.config.vocab_size, model.config.n_embd
+    chunk = min(n_tokens, rows)
     total = chunk * vocab_size * compute
     if getattr(model.head.weight, "requires_grad", False):
-        total += vocab_size * n_embd * (compute if n_tokens <= HEAD_ROWS else 4)
+        total += vocab_size * n_embd * (compute if n_tokens <= rows else 4)
     if compute == 2 and cpu.emulates(torch.empty(0, dtype=torch.bfloat16, device=device)):
         total += 4 * min(BLOCK, vocab_size) * (chunk + n_embd)
     return total
