@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         return _trained(x, None, weight, None, eps, offset)[1]
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * (weight.float() + offset)).to(x.dtype)
+    return (y * (weight.float() + offset if offset else weight)).to(x.dtype)  # a product with float32 is float32
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

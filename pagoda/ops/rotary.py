@@ -18,13 +18,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             return _kernel_rotary(q, k, cos, sin)
         if cpu.trains(q):
             return _Rotary.apply(q, k, cos, sin)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _rotate(torch.cat((q, k), 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+    cos, sin = cos[:, None], sin[:, None]  # float32, and so is every product with them
+    a, b = x[..., :half], x[..., half : 2 * half]
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
     return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
@@ -48,9 +48,9 @@ def store_kv(
     for x, pages, scale in ((k, k_pages, k_scale), (v, v_pages, v_scale)):
         if scale is not None:
             step = x.float().abs().amax(-1) / 127
-            scale.flatten(0, 1)[slots] = step
+            scale.flatten(0, 1).index_copy_(0, slots, step)
             x = (x.float() / step.clamp_min(1e-30)[..., None]).round()
-        pages.flatten(0, 1)[slots] = x.to(pages.dtype)
+        pages.flatten(0, 1).index_copy_(0, slots, x.to(pages.dtype))
 
 
 def rotary_store(
