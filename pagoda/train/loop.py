@@ -92,7 +92,7 @@ def train(job: Job) -> Progress:
                 tokens_per_second=tokens / seconds,
                 seconds=progress.seconds,
             )
-            if progress.step == first + 3:  # the first step is slower than the others
+            if progress.step == first + 3 and workers.main:  # the first step is slower than the others
                 job.watch.note(forecast(job, (progress.seconds - warm) / 2))
             elif progress.step == first + 1:
                 warm = progress.seconds

@@ -18,10 +18,8 @@ from pagoda.train.run import latest_checkpoint
 
 
 def arguments(data, out, **train):
-    options = dict(
-        max_steps=6, seq_len=32, micro_batch_size=2, global_batch_size=4, precision="float32", save_interval=2
-    )
-    options |= dict(eval_interval=3, lr=1e-2, **train)
+    small = dict(max_steps=6, seq_len=32, micro_batch_size=2, global_batch_size=4, precision="float32", save_interval=2)
+    options = {**small, "eval_interval": 3, "lr": 1e-2, **train}
     named = [word for k, v in options.items() for word in (f"--train.{k}", str(v))]
     model = ["--model_name", "SmolLM2-135M", "--model_overrides", MODEL]
     return ["pretrain", *model, "--data", str(data), "--out_dir", str(out), "--device", "cpu", *named]
@@ -99,7 +97,7 @@ def test_bad_input_is_one_line(data, tmp_path, capsys):
     assert "train.lr must be 0 or more" in try_out(lr=-1)
     assert "unknown model name" in try_out("--model_name", "SmolLM2-135N")
     assert "several processes" in try_out(sharding="zero3")
-    assert "give one of" in refused(capsys, ["pretrain", "--data", str(data)])
+    assert "one of them" in refused(capsys, ["pretrain", "--data", str(data)])
     assert not (tmp_path / "run").exists()
     assert "this run needs" in try_out("--model_overrides.vocab_size", "400000000")
 
