@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny import make
 
 from pagoda.cli import main
 from pagoda.common import PagodaError
 from pagoda.data.tokenizer import load_tokenizer
 from pagoda.data.vocabulary import extend, merge, train_tokenizer
-from tests.tiny import make
 
 ENGLISH = """the pagoda stands over a garden where monks walk slowly under old stone roofs while rain falls from hanging
 eaves into deep green ponds and lanterns glow beside wooden bridges until morning bells ring across quiet mountains"""

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from helpers import LLAMA, Noise, losses, make_job, metrics, options, weights
+from tiny import GPT2, KV, NEOX
 
 from pagoda.common import PagodaError
 from pagoda.models.batch import Batch
 from pagoda.models.loader import load
 from pagoda.train.loop import train
 from pagoda.train.run import latest_checkpoint
-from tests.tiny import GPT2, KV, NEOX
 
 FAMILIES = {"llama": KV, "gpt_neox": NEOX, "gpt2": {**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}}
 
