@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -23,7 +24,6 @@ from pagoda.data.table import read_rows
 from pagoda.data.tokenizer import Tokenizer
 from pagoda.models.batch import Batch
 from pagoda.models.loader import load
-from tests import tiny
 
 SPECIAL = """
 <s> </s> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn>

@@ -1,13 +1,9 @@
 """A tiny model that a run made, with a tokenizer: what finetuning starts from."""
 
 import pytest
-from helpers import write_text
+from helpers import MODEL, write_text
 
 from pagoda.cli import main
-
-MODEL = (
-    '{"num_hidden_layers":2,"hidden_size":32,"intermediate_size":64,"num_attention_heads":4,"num_key_value_heads":2}'
-)
 
 
 @pytest.fixture(scope="session")

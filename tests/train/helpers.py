@@ -26,6 +26,11 @@ LLAMA = dict(
 )  # fmt: skip
 
 
+MODEL = (
+    '{"num_hidden_layers":2,"hidden_size":32,"intermediate_size":64,"num_attention_heads":4,"num_key_value_heads":2}'
+)
+
+
 @dataclass
 class Noise:
     """Random tokens, row by row; `parts` documents in each."""

@@ -10,8 +10,7 @@ import sys
 import time
 
 import torch
-from conftest import MODEL
-from helpers import losses, metrics, weights, write_text
+from helpers import MODEL, losses, metrics, weights, write_text
 
 from pagoda.cli import main
 from pagoda.train.run import latest_checkpoint
