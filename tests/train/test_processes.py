@@ -30,14 +30,14 @@ def pagoda(arguments, threads="1", **more):
 
 
 def test_a_run_killed_again_and_again_gives_the_same_bits(data, tmp_path):
-    told = dict(max_steps=40, save_interval=1, keep_last=0, checkpointing="full")
+    told = dict(max_steps=24, save_interval=1, keep_last=0, checkpointing="full")
     assert pagoda(arguments(data, tmp_path / "whole", **told)).wait() == 0
     kills, rng = 0, random.Random(0)
     while True:
         run = pagoda(arguments(data, tmp_path / "killed", **told), stderr=subprocess.DEVNULL)
         while run.poll() is None and not (tmp_path / "killed/checkpoints").exists():
             time.sleep(0.01)
-        if kills < 3:  # somewhere in a step, or in a checkpoint: half of the time goes into saving
+        if kills < 2:  # somewhere in a step, or in a checkpoint: half of the time goes into saving
             seen = len(list((tmp_path / "killed/checkpoints").glob("step-*")))
             while run.poll() is None and len(list((tmp_path / "killed/checkpoints").glob("step-*"))) < seen + 3:
                 time.sleep(0.005)
@@ -46,16 +46,16 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(data, tmp_path):
             kills += 1
         if run.wait() == 0:
             break
-    assert kills == 3
+    assert kills == 2
     assert not list((tmp_path / "killed/checkpoints").glob(".*"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
-    last = "checkpoints/step-40"
+    last = "checkpoints/step-24"
     assert weights(tmp_path / "whole" / last) == weights(tmp_path / "killed" / last)
 
 
 def test_two_processes_equal_one(data, tmp_path):
     assert main(arguments(data, tmp_path / "one")) == 0
-    for sharding in ("none", "zero2", "zero3"):
+    for sharding in ("none", "zero3"):  # zero2 below
         out = tmp_path / sharding
         two = pagoda([*arguments(data, out, sharding=sharding), "--devices", "2"], stdout=subprocess.PIPE)
         assert two.communicate()[0].split() == [str(out / "checkpoints/step-6")]
