@@ -77,7 +77,7 @@ def train(job: Job) -> Progress:
             scored, tokens, leave = workers.sum(
                 sum(r.scored for r in rows), sum(len(r.tokens) for r in rows), bool(asked_to_stop) or late
             )
-            if leave or (o.max_tokens and progress.tokens >= o.max_tokens):
+            if leave:
                 break
             loss, norm, lr = step(job, rows, scored)
             seconds = time.perf_counter() - start
@@ -197,9 +197,8 @@ def gradient_norm(model: GPT, clip: float) -> float:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         raise PagodaError("nothing is trained: no parameter takes a gradient")
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]  # bf16 would round them
+    norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]))
     if clip and norm > clip:
         for g in gradients:
             g.mul_(clip / norm)

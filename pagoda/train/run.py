@@ -34,11 +34,12 @@ from pagoda.peft import adapter
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
-# What a resumed run may change. The first leave the arithmetic alone, the second only the order of its roundings.
+# What a resumed run may change. The first leave the arithmetic alone (data may lie elsewhere: its fingerprint counts),
+# the second change only the order of roundings.
 FREE_OPTIONS = ("max_time", "save_interval", "keep_last", "keep_every", "eval_interval", "eval_rows", "sample_prompt")
 FREE_OPTIONS += ("sample_tokens", "tensorboard", "wandb")
 ROUNDING_OPTIONS = ("micro_batch_size", "checkpointing", "compile", "sharding", "cpu_offload")
-FREE = {"resume", "dry_run", "out_dir", "data_dir", "config"} | {f"train.{name}" for name in FREE_OPTIONS}
+FREE = {"resume", "dry_run", "data", "val_data"} | {f"train.{name}" for name in FREE_OPTIONS}
 ROUNDING = {"devices", "device"} | {f"train.{name}" for name in ROUNDING_OPTIONS}
 
 

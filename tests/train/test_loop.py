@@ -14,7 +14,7 @@ from tiny import GPT2, KV, NEOX
 from pagoda.common import PagodaError
 from pagoda.models.batch import Batch
 from pagoda.models.loader import load
-from pagoda.train.loop import train
+from pagoda.train.loop import gradient_norm, train
 from pagoda.train.run import latest_checkpoint
 
 FAMILIES = {"llama": KV, "gpt_neox": NEOX, "gpt2": {**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}}
@@ -145,6 +145,14 @@ def test_sigterm_saves_and_ends(tmp_path):
     progress = train(job)
     assert progress.step in (4, 5)
     assert latest_checkpoint(tmp_path).name == f"step-{progress.step}"
+
+
+def test_the_norm_of_narrow_gradients_is_not_rounded(tmp_path):
+    model = make_job(tmp_path, options(precision="bf16")).model
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    expected = torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm().item()
+    assert abs(gradient_norm(model, 0.0) - expected) < 1e-5 * expected
 
 
 def test_time_and_tokens_end_a_run(tmp_path):
