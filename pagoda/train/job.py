@@ -22,7 +22,7 @@ from pagoda.models.gpt import GPT
 from pagoda.models.loader import open_checkpoint, stream
 from pagoda.models.registry import from_hf_config, known_config
 from pagoda.train.loop import Job, Method, last_step, to_device, train
-from pagoda.train.memory import check_memory
+from pagoda.train.memory import check_memory, return_freed_memory
 from pagoda.train.objective import NextToken, Objective, Source
 from pagoda.train.optim import make_optimizer
 from pagoda.train.options import Train
@@ -91,6 +91,7 @@ def pretrain(
 def fits(model: GPT, optimizer: str, run: Run, dry_run: bool, dress: Callable[[GPT], None] | None = None) -> bool:
     """Say what the run will need, and refuse what cannot work. False when that was all that was asked for."""
     options = run.options
+    return_freed_memory()
     if options.seq_len > model.config.block_size:
         raise PagodaError(f"train.seq_len {options.seq_len} exceeds the model's context of {model.config.block_size}")
     report = check_memory(model, optimizer, options, run.workers, dress)

@@ -6,7 +6,9 @@ random weights and one row of tokens, and what autograd keeps of them; they grow
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -26,6 +28,7 @@ from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
 GIB = 2**30
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass
@@ -53,6 +56,18 @@ class Activations:
 
     block: int
     rest: int
+
+
+def return_freed_memory() -> None:
+    """Let the C library give every block of 1 MiB or more back to the system when it is freed.
+
+    By itself glibc raises that size, up to 32 MiB, whenever a larger block is freed (mallopt(3)), and the blocks of a
+    training step then leave a heap full of holes: a fifth of the peak, and no time gained.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def check_memory(
