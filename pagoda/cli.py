@@ -17,9 +17,9 @@ from pathlib import Path
 
 from pagoda.common import PagodaError, did_you_mean
 from pagoda.data.options import InstructionOptions, Preparation, Reading
-from pagoda.engine.options import Sampling, Weights
+from pagoda.engine.options import REQUEST_ONLY, Sampling, Weights
 from pagoda.peft.options import METHODS, Options
-from pagoda.train.options import Finetune, Train
+from pagoda.train.options import Finetune, Start, Train
 
 
 def generate(
@@ -204,39 +204,27 @@ def evaluate_perplexity(
 
 def pretrain(
     train: Train,
+    start: Start,
     data: list[str] | None = None,
-    out_dir: Path = Path("run"),
     model_name: str = "",
     init_from: str = "",
     model_overrides: dict | None = None,
-    optimizer: str = "adamw",
-    seed: int = 0,
-    devices: int = 1,
-    device: str = "auto",
-    resume: str = "auto",
-    dry_run: bool = False,
 ) -> None:
     """Train a model on text that `pagoda prepare` has turned into tokens.
 
     Args:
         train: how it is trained.
+        start: where the run lives and how it begins.
         data: a folder of prepared tokens, with :WEIGHT behind it in a mixture of several (`--data A:2 --data B:1`).
-        out_dir: the folder of the run.
         model_name: the shape to build from scratch (`pagoda models` lists them).
         init_from: a checkpoint, a run or a known model to go on from instead.
         model_overrides: keys of the model's config.json that shall be other than usual.
-        optimizer: adamw, adamw8bit, lion, adafactor or muon.
-        seed: of the first weights and of the order of the data.
-        devices: processes on this machine (for several machines use torchrun).
-        device: cpu, cuda, mps, or auto for the first accelerator that is there.
-        resume: auto goes on where the run has a checkpoint; no wants a new run; must wants a checkpoint.
-        dry_run: say what the run will need, and stop.
     """
-    from pagoda.train.job import pretrain as start
+    from pagoda.train.job import pretrain as begin
 
     if not data:
         raise PagodaError("no data: give --data DIR, a folder that `pagoda prepare` wrote")
-    done = start(data, out_dir, train, model_name, init_from, model_overrides, optimizer, seed, device, resume, dry_run)
+    done = begin(data, train, start, model_name, init_from, model_overrides)
     if done:
         print(done)
 
@@ -389,51 +377,38 @@ def merge(
 def finetune(
     model: str,
     train: Finetune,
+    start: Start,
     instructions: InstructionOptions,
     methods: dict[str, Options],
     data: str = "",
     method: str = "lora",
-    out_dir: Path = Path("run"),
     quantize: str | None = None,
     val_data: str = "",
     val_fraction: float = 0.05,
     epochs: float = 3.0,
-    optimizer: str = "adamw",
-    seed: int = 0,
-    devices: int = 1,
-    device: str = "auto",
-    resume: str = "auto",
-    dry_run: bool = False,
 ) -> None:
     """Train a model on instructions: all of its weights, or an adapter.
 
     Args:
         model: a name (`pagoda models`), a directory, a GGUF file or a Hub id.
         train: how it is trained.
+        start: where the run lives and how it begins.
         instructions: how rows become tokens.
         methods: the options of each method.
         data: a file, a folder or a Hub data set of instructions (`pagoda data show` shows how it is read).
         method: full, lora, qlora, adalora, ia3, bitfit, houlsby, pfeiffer, parallel, llama_adapter, adapter_v2, prefix,
             prompt, p_tuning or p_tuning_v2; several adapters with commas between.
-        out_dir: the folder of the run.
         quantize: pack the frozen base of an adapter to int8, int4 or nf4 (qlora: nf4).
         val_data: validation data of its own.
         val_fraction: else this much of the data is held out (0: none).
         epochs: how often the data is seen (0: as train.max_steps says).
-        optimizer: adamw, adamw8bit, lion, adafactor or muon.
-        seed: of the adapter's first weights and of the order of the data.
-        devices: processes on this machine (for several machines use torchrun).
-        device: cpu, cuda, mps, or auto for the first accelerator that is there.
-        resume: auto goes on where the run has a checkpoint; no wants a new run; must wants a checkpoint.
-        dry_run: say what the run will need, and stop.
     """
-    from pagoda.train.finetune import finetune as start
+    from pagoda.train.finetune import finetune as begin
 
     if not data:
         raise PagodaError("no data: give --data FILE (`pagoda data show FILE --tokenizer MODEL` shows how it is read)")
-    done = start(
-        model, data, out_dir, train, instructions, methods, method, quantize, val_data, val_fraction, epochs,
-        optimizer, seed, device, resume, dry_run,
+    done = begin(
+        model, data, train, start, instructions, methods, method, quantize, val_data, val_fraction, epochs
     )  # fmt: skip
     if done:
         print(done)
@@ -476,7 +451,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 # Parameters whose fields are options of their own; NESTED, by their type, with their name in front: --train.lr
 GROUPS = {"sampling": Sampling, "weights": Weights, "instructions": InstructionOptions}
-GROUPS |= {"reading": Reading, "preparation": Preparation}
+GROUPS |= {"start": Start, "reading": Reading, "preparation": Preparation}
 NESTED = {"Train": Train, "Finetune": Finetune}
 
 
@@ -514,7 +489,7 @@ def run(command: str, args: list[str]) -> None:
     methods = {name: options for name, options in METHODS.items() if "methods" in parameters and name != "qlora"}
     parser.add_function_arguments(function, as_positional=True, skip={*groups, *nested, "methods"}, as_group=False)
     for group in groups.values():
-        parser.add_class_arguments(group, as_group=False)
+        parser.add_class_arguments(group, as_group=False, skip=REQUEST_ONLY if group is Sampling else set())
     dotted = {**nested, **methods}
     for name, group in dotted.items():
         parser.add_class_arguments(group, name)
@@ -539,10 +514,10 @@ def run(command: str, args: list[str]) -> None:
     if methods:
         options["methods"] = {name: options.pop(name) for name in methods}
         options["methods"]["qlora"] = options["methods"]["lora"]
-    if options.get("devices", 1) > 1 and "RANK" not in os.environ:
+    if "start" in groups and options["start"].devices > 1 and "RANK" not in os.environ:
         from pagoda.train.parallel import launch
 
-        sys.exit(launch(options["devices"], [*command.split(), *args]))
+        sys.exit(launch(options["start"].devices, [*command.split(), *args]))
     function(**options)
 
 

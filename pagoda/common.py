@@ -113,3 +113,19 @@ def progress(items: Iterable[Item], what: str, total: int, done: int = 0) -> Ite
         for item in items:
             yield item
             bar.advance(task)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the machine (or the container, or the device) still has to give."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = 2**62
+    if (meminfo := Path("/proc/meminfo")).is_file():
+        kib = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = int(kib.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()).isdigit():
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free

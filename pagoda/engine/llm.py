@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 from pagoda.common import PagodaError, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
-from pagoda.engine.generate import Generator, Timing
-from pagoda.engine.options import Sampling, Weights
+from pagoda.engine.engine import Engine, Timing
+from pagoda.engine.options import EngineOptions, Sampling, Weights
+from pagoda.engine.request import Group, Output, Request, TokenLogprob
 from pagoda.models.download import ADAPTER, resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import load, read_json
@@ -24,12 +26,16 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class Completion:
-    """What a prompt led to. finish_reason is `stop` (end of text, or a stop text) or `length`."""
+    """What a prompt led to. finish_reason is `stop` (end of text, or a stop text) or `length`; logprobs where asked for.
+    With `n` above 1 `others` are the answers behind the first."""
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
     finish_reason: str = "length"
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    others: list[Completion] = field(default_factory=list)
 
 
 class LLM:
@@ -41,6 +47,11 @@ class LLM:
     def __init__(self, model: GPT, tokenizer: Tokenizer, name: str = "", kv_dtype: torch.dtype | None = None):
         self.model, self.tokenizer, self.name, self.kv_dtype = model, tokenizer, name, kv_dtype
         self.timing = Timing()  # of the last call
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the prompts; it remembers their beginnings from call to call."""
+        return Engine(self.model, self.tokenizer, EngineOptions(max_step_tokens=2048), self.kv_dtype)
 
     @classmethod
     def load(
@@ -69,12 +80,17 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         options = options or Sampling(**sampling)
         ids = [self.encode(p) for p in ([prompts] if single else prompts)]
-        done = [Completion("", [], len(p)) for p in ids]
-        for index, text, completion in self._run(ids, options):
-            done[index].text += text
-            if completion is not None:
-                done[index].token_ids, done[index].finish_reason = completion
-        return done[0] if single else done
+        answers = [[Completion("", [], len(p)) for _ in range(options.n)] for p in ids]
+        for i, piece in self._run(ids, options):
+            done = answers[i][piece.index]
+            done.text += piece.text
+            done.token_ids += piece.token_ids
+            done.logprobs += piece.logprobs
+            done.prompt_logprobs = done.prompt_logprobs or piece.prompt_logprobs
+            done.finish_reason = piece.finish_reason or done.finish_reason
+        for first, *others in answers:
+            first.others = others
+        return answers[0][0] if single else [first for first, *_ in answers]
 
     def chat(self, messages: Messages, options: Sampling | None = None, **sampling: Any) -> Completion:
         """Answer a conversation (`[{"role": "user", "content": "..."}]`) through the model's chat template."""
@@ -86,9 +102,9 @@ class LLM:
         """The answer to a prompt or a conversation, piece by piece, never with half a character."""
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
         ids = self.chat_ids(prompt) if is_chat else self.encode(prompt)
-        for _, text, _ in self._run([ids], options or Sampling(**sampling)):
-            if text:
-                yield text
+        for _, piece in self._run([ids], options or Sampling(**sampling)):
+            if piece.text and piece.index == 0:
+                yield piece.text
 
     @torch.inference_mode()
     def score(self, text: str | list[int]) -> list[tuple[int, float]]:
@@ -110,29 +126,24 @@ class LLM:
         text = self.tokenizer.apply_chat_template(messages, **options)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _run(
-        self, prompts: list[list[int]], options: Sampling
-    ) -> Iterator[tuple[int, str, tuple[list[int], str] | None]]:
-        """(index, new text, (token ids, finish reason) at the end) as sequences go on."""
-        generator = Generator(self.model, prompts, [options] * len(prompts), self.kv_dtype)
-        self.timing = generator.timing
-        ends = set() if options.ignore_eos else set(self.tokenizer.eos_ids)
-        texts = [Text(self.tokenizer, options.stop) for _ in prompts]
-        ids: list[list[int]] = [[] for _ in prompts]
-        for index, token in generator:
-            text = texts[index]
-            if token in ends:
-                new, reason = text.flush(), "stop"
-            else:
-                ids[index].append(token)
-                new = text.push(token)
-                reason = "stop" if text.stopped else None if index in generator.running else "length"
-                if reason == "length":
-                    new += text.flush()
-                    reason = "stop" if text.stopped else reason
-            if reason:
-                generator.stop(index)
-            yield index, new, (ids[index], reason) if reason else None
+    def _run(self, prompts: list[list[int]], options: Sampling) -> Iterator[tuple[int, Output]]:
+        """(index, piece) as the answers go on."""
+        engine = self.engine
+        engine.timing = self.timing = Timing()
+        if not prompts:
+            raise PagodaError("no prompt: give at least one")
+        groups: dict[Group, int] = {}
+        try:
+            for i, prompt in enumerate(prompts):
+                groups[engine.add(Request(prompt, options))] = i
+            while engine.has_work:
+                for group, piece in engine.step():
+                    if piece.error:
+                        raise PagodaError(piece.error)
+                    yield groups[group], piece
+        finally:
+            for group in groups:
+                engine.abort(group)
 
 
 def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Path]:
@@ -173,28 +184,3 @@ def base_of(adapter: Path) -> Path:
         return resolve(base)
     except PagodaError as e:
         raise PagodaError(f"{adapter} is an adapter for {base}: {e}") from None
-
-
-class Text:
-    """Tokens to text as they come: whole characters only, and nothing that may turn out to be a stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
-        self.stream, self.stop, self.held, self.stopped = tokenizer.stream(), stop, "", False
-
-    def push(self, token: int) -> str:
-        return self._release(self.held + self.stream.push(token))
-
-    def flush(self) -> str:
-        """What was held back, at the end."""
-        text = self._release(self.held + self.stream.flush())
-        text, self.held = text + self.held, ""
-        return text
-
-    def _release(self, text: str) -> str:
-        places = [p for p in (text.find(s) for s in self.stop) if p >= 0]
-        if places:
-            self.stopped, self.held = True, ""
-            return text[: min(places)]
-        keep = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from pagoda.common import PagodaError
-from pagoda.engine.generate import Generator
-from pagoda.engine.options import Sampling
+from pagoda.engine.engine import Engine
+from pagoda.engine.options import EngineOptions, Sampling
+from pagoda.engine.request import Request
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import weights_of
 from pagoda.ops import cpu
@@ -49,13 +50,12 @@ def bench(
         raise PagodaError(f"{prompt_tokens} + {new_tokens} tokens do not fit the context of {config.block_size}")
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
-    options = [Sampling(temperature=0, max_new_tokens=new_tokens)] * batch
+    greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
     runs = []
     for _ in range(repeats + 1):
-        run = Generator(model, prompts, options, kv_dtype)
-        for _ in run:
-            pass
-        runs.append(run.timing)
+        engine = Engine(model, options=EngineOptions(max_step_tokens=2048, prefix_caching=False), kv_dtype=kv_dtype)
+        engine.run([Request(p, greedy) for p in prompts], lambda *_: None)
+        runs.append(engine.timing)
     first = statistics.median(t.prefill_seconds for t in runs[1:])
     decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
     read, gemm = read_bandwidth(), gemm_rate(model.dtype, model.device)

@@ -113,6 +113,12 @@ class PagedKVCache:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
 
+    def copy(self, source: int, target: int) -> None:
+        """One page onto another."""
+        for t in (self.k, self.v, self.k_scale, self.v_scale):
+            if t is not None:
+                t[target] = t[source]
+
 
 class Cache:
     """The memory of all layers, as each declares it (`cache_spec`). Who owns which page is the engine's business."""
@@ -124,3 +130,8 @@ class Cache:
         except RuntimeError as e:  # torch's allocators raise it when memory runs out
             gib = n_pages * sum(s.page_bytes(page_size, dtype) for s in specs) / 2**30
             raise PagodaError(f"no memory for a key/value cache of {gib:.1f} GiB: ask for a shorter context") from e
+
+    def copy(self, source: int, target: int) -> None:
+        """One page onto another, in every layer."""
+        for layer in self.layers:
+            layer.copy(source, target)

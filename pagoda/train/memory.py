@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, free_memory
 from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
@@ -79,7 +79,7 @@ def check_memory(
     """
     kept = measure_activations(model, options, workers.device, dress)
     need = estimate(model, optimizer, options, workers, kept)
-    have = available(workers.device) // (workers.size if workers.device.type == "cpu" else 1)
+    have = free_memory(workers.device) // (workers.size if workers.device.type == "cpu" else 1)
     if need.peak - need.program <= have:
         return need
     advice = "no setting fits: use a smaller model, a shorter --train.seq_len, or more processes with zero3"
@@ -196,17 +196,3 @@ def resident(device: torch.device) -> int:
     if Path("/proc/self/statm").is_file():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 300 * 2**20
-
-
-def available(device: torch.device) -> int:
-    """Bytes that the machine (or the container, or the device) still has to give."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = 2**62
-    if (meminfo := Path("/proc/meminfo")).is_file():
-        kib = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-        free = int(kib.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()).isdigit():
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
-    return free
