@@ -321,10 +321,14 @@ METHODS: dict[str, type[Options]] = {
 
 
 def named(methods: str) -> list[str]:
-    """The names in a text such as `lora` or `prefix,parallel`. Raises PagodaError for a name that is not known."""
-    names = [name.strip() for name in methods.split(",")]
+    """The names in a text such as `lora` or `prefix,parallel`; none for `full`, which trains all weights instead.
+    Raises PagodaError for a name that is not known."""
+    names, known = [name.strip() for name in methods.split(",")], ["full", *METHODS]
     for name in names:
-        if name not in METHODS:
-            known = ", ".join(METHODS)
-            raise PagodaError(f"unknown method '{name}'{did_you_mean(name, METHODS)}; there are {known}")
+        if name not in known:
+            raise PagodaError(f"unknown method '{name}'{did_you_mean(name, known)}; there are {', '.join(known)}")
+    if names == ["full"]:
+        return []
+    if "full" in names:
+        raise PagodaError("full trains all weights, so no adapter can be worn beside it: name it alone")
     return names

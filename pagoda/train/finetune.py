@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from pagoda.peft.options import Options, named
 from pagoda.train.job import first_weights, fits, start_job
 from pagoda.train.loop import last_step
 from pagoda.train.objective import NextToken
-from pagoda.train.options import Train
+from pagoda.train.options import Start, Train
 from pagoda.train.parallel import Workers, build, finish_block, micro_batches
 from pagoda.train.run import Run
 
@@ -48,8 +49,8 @@ class Worn:
 def finetune(
     model: str,
     data: str,
-    out_dir: Path,
     options: Train,
+    start: Start,
     instructions: InstructionOptions,
     methods: dict[str, Options],
     method: str = "lora",
@@ -57,11 +58,6 @@ def finetune(
     val_data: str = "",
     val_fraction: float = 0.05,
     epochs: float = 0.0,
-    optimizer: str = "adamw",
-    seed: int = 0,
-    device: str = "auto",
-    resume: str = "auto",
-    dry_run: bool = False,
 ) -> Path | None:
     """Train a model on instructions. Returns the last checkpoint: a model, or an adapter; None for a dry run.
 
@@ -70,51 +66,59 @@ def finetune(
     methods  the options of each method by name, of which those of `method` are used
     epochs   how often the data is seen, in place of options.max_steps
     """
-    workers = Workers(device)
-    names = [] if method == "full" else named(method)
-    config = {k: v for k, v in locals().items() if k not in ("options", "workers", "out_dir", "methods", "names")}
+    config = {k: v for k, v in locals().items() if k not in ("options", "start", "methods")} | start.config()
     config |= {"command": "finetune", "instructions": asdict(instructions)}
+    names = named(method)
+    if not names and quantize:
+        raise PagodaError("full trains the weights themselves: leave out --quantize, or give --method qlora")
+    if not 0 <= val_fraction < 1:
+        raise PagodaError(f"val_fraction is a share of the data: 0 or more and below 1, not {val_fraction}")
+    if not 0 <= epochs < math.inf:
+        raise PagodaError(f"epochs must be 0 or more, not {epochs}")
+    workers = Workers(start.device)
     micro_batches(options, workers)
     options.lr = options.lr or (2e-4 if names else 2e-5)
-    start = resolve(model)
-    tokenizer = load_tokenizer(start)
-    source, validation = instruction_rows(data, val_data, val_fraction, tokenizer, instructions, options, seed, workers)
+    base = resolve(model)
+    tokenizer = load_tokenizer(base)
+    source, validation = instruction_rows(
+        data, val_data, val_fraction, tokenizer, instructions, options, start.seed, workers
+    )
     if epochs:
         options.max_steps = max(1, round(epochs * source.n_rows / options.global_batch_size))
     config |= {"train": asdict(options), **{name: asdict(methods[name]) for name in names}}
     objective = NextToken(options.z_loss)
     if not names:
         with torch.device("meta"):
-            gpt = from_hf_config(open_checkpoint(start).config, str(start))
-        run = Run(out_dir, options, workers, beside=tokenizer.save)
-        if not fits(gpt, optimizer, run, dry_run):
+            gpt = from_hf_config(open_checkpoint(base).config, str(base))
+        run = Run(start.out_dir, options, workers, beside=tokenizer.save)
+        if not fits(gpt, run, start):
             return None
-        checkpoint = run.open(config, source.fingerprint, resume)
-        gpt = build(gpt, first_weights(gpt, checkpoint or start, seed), options, workers)
-        return start_job(gpt, checkpoint, objective, source, validation, optimizer, run, tokenizer, seed)
+        checkpoint = run.open(config, source.fingerprint, start.resume)
+        gpt = build(gpt, first_weights(gpt, checkpoint or base, start.seed), options, workers)
+        return start_job(gpt, checkpoint, objective, source, validation, run, tokenizer, start)
 
     if options.sharding != "none" or options.cpu_offload:
         raise PagodaError("adapters are trained on a whole model in every process: leave out --train.sharding")
     dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
     quantize = "nf4" if "qlora" in names else quantize
-    gpt = load(start, dtype, workers.device, quantize=quantize).train()
+    gpt = load(base, dtype, workers.device, quantize=quantize).train()
 
     def dress(model: GPT) -> None:
-        torch.manual_seed(seed)
+        torch.manual_seed(start.seed)
         narrow = dtype if options.precision == "bf16" else torch.float32
         adapter.attach(model, [replace(methods[name]) for name in names], last_step(options), narrow)
         model.train()
 
     dress(gpt)
-    base = str(start if Path(model).exists() else model)
-    write = lambda model, path: save_adapter(model, path, base)  # noqa: E731
-    run = Run(out_dir, options, workers, beside=tokenizer.save, save_adapter=write)
-    if not fits(gpt, optimizer, run, dry_run, dress):
+    known_as = str(base if Path(model).exists() else model)
+    write = lambda model, path: save_adapter(model, path, known_as)  # noqa: E731
+    run = Run(start.out_dir, options, workers, beside=tokenizer.save, save_adapter=write)
+    if not fits(gpt, run, start, dress):
         return None
-    checkpoint = run.open(config, source.fingerprint, resume)
+    checkpoint = run.open(config, source.fingerprint, start.resume)
     for layer, block in enumerate(gpt.layers):
         finish_block(block, layer, options, None)
-    return start_job(gpt, checkpoint, objective, source, validation, optimizer, run, tokenizer, seed, Worn(gpt))
+    return start_job(gpt, checkpoint, objective, source, validation, run, tokenizer, start, Worn(gpt))
 
 
 def instruction_rows(

@@ -25,7 +25,7 @@ from pagoda.train.loop import Job, Method, last_step, to_device, train
 from pagoda.train.memory import check_memory, return_freed_memory
 from pagoda.train.objective import NextToken, Objective, Source
 from pagoda.train.optim import make_optimizer
-from pagoda.train.options import Train
+from pagoda.train.options import Start, Train
 from pagoda.train.parallel import Workers, build, micro_batches
 from pagoda.train.run import Run
 from pagoda.train.watch import Watcher
@@ -33,16 +33,11 @@ from pagoda.train.watch import Watcher
 
 def pretrain(
     data: list[str],
-    out_dir: Path,
     options: Train,
+    start: Start,
     model_name: str = "",
     init_from: str = "",
     model_overrides: dict[str, Any] | None = None,
-    optimizer: str = "adamw",
-    seed: int = 0,
-    device: str = "auto",
-    resume: str = "auto",
-    dry_run: bool = False,
 ) -> Path | None:
     """Train a model on prepared tokens: a fresh one of a known shape, or one that goes on from a checkpoint.
 
@@ -52,14 +47,12 @@ def pretrain(
     init_from        a checkpoint, a run or a known model to start from instead
     Returns the last checkpoint, or None for a dry run.
     """
-    workers = Workers(device)
-    config = {k: v for k, v in locals().items() if k not in ("options", "workers", "out_dir")} | {
-        "command": "pretrain",
-        "train": asdict(options),
-    }
+    config = {k: v for k, v in locals().items() if k not in ("options", "start")} | start.config()
+    config |= {"command": "pretrain", "train": asdict(options)}
+    workers = Workers(start.device)
     micro_batches(options, workers)
     sets = [prepared(d) for d in data]
-    source = PackedRows(sets, options.seq_len, seed=seed, batch=options.global_batch_size)
+    source = PackedRows(sets, options.seq_len, seed=start.seed, batch=options.global_batch_size)
     validation = validation_rows(sets, options)
     first = sets[0][0]
     tokenizer = load_tokenizer(first.tokenizer_path)
@@ -68,36 +61,36 @@ def pretrain(
             "give --model_name (a shape to build from scratch) or --init_from (a checkpoint), one of them"
         )
     if init_from:
-        start = resolve(init_from)
-        first.check_tokenizer(load_tokenizer(start), init_from)
-        hf = open_checkpoint(start).config
+        base = resolve(init_from)
+        first.check_tokenizer(load_tokenizer(base), init_from)
+        hf = open_checkpoint(base).config
     else:
-        start = None
+        base = None
         hf = {**known_config(model_name), **fitting_vocabulary(known_config(model_name), tokenizer)}
     hf |= {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in (model_overrides or {}).items()}
     with torch.device("meta"):
-        model = from_hf_config(hf, str(start or "the model's configuration"))
-    run = Run(out_dir, options, workers, beside=tokenizer.save)
-    if not fits(model, optimizer, run, dry_run):
+        model = from_hf_config(hf, str(base or "the model's configuration"))
+    run = Run(start.out_dir, options, workers, beside=tokenizer.save)
+    if not fits(model, run, start):
         return None
-    checkpoint = run.open(config, source.fingerprint, resume)
-    weights = first_weights(model, checkpoint or start, seed)
-    return start_job(
-        build(model, weights, options, workers), checkpoint, NextToken(options.z_loss), source, validation, optimizer,
-        run, tokenizer, seed,
-    )  # fmt: skip
+    checkpoint = run.open(config, source.fingerprint, start.resume)
+    model = build(model, first_weights(model, checkpoint or base, start.seed), options, workers)
+    return start_job(model, checkpoint, NextToken(options.z_loss), source, validation, run, tokenizer, start)
 
 
-def fits(model: GPT, optimizer: str, run: Run, dry_run: bool, dress: Callable[[GPT], None] | None = None) -> bool:
+def fits(model: GPT, run: Run, start: Start, dress: Callable[[GPT], None] | None = None) -> bool:
     """Say what the run will need, and refuse what cannot work. False when that was all that was asked for."""
     options = run.options
     return_freed_memory()
     if options.seq_len > model.config.block_size:
         raise PagodaError(f"train.seq_len {options.seq_len} exceeds the model's context of {model.config.block_size}")
-    report = check_memory(model, optimizer, options, run.workers, dress)
+    report = check_memory(model, start.optimizer, options, run.workers, dress)
     if run.workers.main:
         print(report.table(), file=sys.stderr)
-    return not dry_run
+        if dress:
+            trained, n = sum(p.numel() for p in model.parameters() if p.requires_grad), model.n_params()
+            print(f"training {trained:,} of {n:,} parameters ({trained / n:.2%})", file=sys.stderr)
+    return not start.dry_run
 
 
 def start_job(
@@ -106,10 +99,9 @@ def start_job(
     objective: Objective,
     source: Source,
     validation: Source | None,
-    optimizer: str,
     run: Run,
     tokenizer: Tokenizer,
-    seed: int,
+    start: Start,
     method: Method | None = None,
 ) -> Path:
     """Train a model that has its weights, from a checkpoint's progress on if there is one. Returns the last checkpoint.
@@ -117,9 +109,9 @@ def start_job(
     method: what finetuning wears the model with, as far as the loop must know
     """
     options, workers = run.options, run.workers
-    torch.manual_seed(seed + workers.rank)
+    torch.manual_seed(start.seed + workers.rank)
     optimize = make_optimizer(
-        optimizer,
+        start.optimizer,
         model.named_parameters(),
         options.lr,
         options.weight_decay,
@@ -143,7 +135,7 @@ def start_job(
         memory=lambda: peak_memory(workers.device),
     )
     if validation is not None or options.sample_prompt:
-        job.evaluate = lambda job: evaluate(job, validation, tokenizer, seed)
+        job.evaluate = lambda job: evaluate(job, validation, tokenizer, start.seed)
     try:
         train(job)
     finally:

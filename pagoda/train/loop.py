@@ -70,6 +70,8 @@ def train(job: Job) -> Progress:
         release_gradients(job)
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     try:
+        if job.evaluate and o.eval_first and not progress.step:
+            job.watch.evaluation(0, **job.evaluate(job))
         while progress.step < last:
             start = time.perf_counter()
             rows = step_rows(job)
@@ -103,6 +105,10 @@ def train(job: Job) -> Progress:
                 saved = save(job)
         if saved != progress.step:
             save(job)
+        job.watch.note(
+            f"{progress.step:,} steps, {progress.tokens:,} tokens in {clock(progress.seconds)} of training: "
+            f"{progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s; peak memory {job.watch.memory():.2f} GiB"
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
     return progress

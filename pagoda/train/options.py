@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from pagoda.common import PagodaError, one_of
 
@@ -12,6 +14,39 @@ PRECISIONS = ("mixed", "bf16", "float32")
 OPTIMIZERS = ("adamw", "adamw8bit", "lion", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 SHARDINGS = ("none", "zero2", "zero3")
+
+
+@dataclass
+class Start:
+    """Where a run lives and how it begins, whatever is trained and how.
+
+    Args:
+        out_dir: the folder of the run.
+        optimizer: adamw, adamw8bit, lion, adafactor or muon.
+        seed: of the first weights and of the order of the data.
+        devices: processes on this machine (for several machines use torchrun).
+        device: cpu, cuda, mps, or auto for the first accelerator that is there.
+        resume: auto goes on where the run has a checkpoint; no wants a new run; must wants a checkpoint.
+        dry_run: say what the run will need, and stop.
+    """
+
+    out_dir: Path = Path("run")
+    optimizer: str = "adamw"
+    seed: int = 0
+    devices: int = 1
+    device: str = "auto"
+    resume: str = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self):
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("resume", self.resume, ("auto", "no", "must"))
+        if self.devices < 1:
+            raise PagodaError(f"devices must be at least 1, not {self.devices}")
+
+    def config(self) -> dict[str, Any]:
+        """What config.yaml says of it: all but the folder, which is where that file lies."""
+        return {k: v for k, v in asdict(self).items() if k != "out_dir"}
 
 
 @dataclass
@@ -47,6 +82,7 @@ class Train:
         keep_last: checkpoints to keep (0: all).
         keep_every: keep those of every such step besides (0: none).
         eval_interval: steps between evaluations (0: only after the last).
+        eval_first: evaluate before the first step too.
         eval_rows: rows of validation data at most.
         sample_prompt: a text to complete at every evaluation (empty: none).
         sample_tokens: the length of those completions.
@@ -81,6 +117,7 @@ class Train:
     keep_last: int = 2
     keep_every: int = 0
     eval_interval: int = 250
+    eval_first: bool = False
     eval_rows: int = 64
     sample_prompt: str = ""
     sample_tokens: int = 64
@@ -128,3 +165,4 @@ class Finetune(Train):
     beta2: float = 0.999
     save_interval: int = 200
     eval_interval: int = 50
+    eval_first: bool = True

@@ -36,8 +36,8 @@ from pagoda.train.parallel import Workers
 
 # What a resumed run may change. The first leave the arithmetic alone (data may lie elsewhere: its fingerprint counts),
 # the second change only the order of roundings.
-FREE_OPTIONS = ("max_time", "save_interval", "keep_last", "keep_every", "eval_interval", "eval_rows", "sample_prompt")
-FREE_OPTIONS += ("sample_tokens", "tensorboard", "wandb")
+FREE_OPTIONS = ("max_time", "save_interval", "keep_last", "keep_every", "eval_interval", "eval_first", "eval_rows")
+FREE_OPTIONS += ("sample_prompt", "sample_tokens", "tensorboard", "wandb")
 ROUNDING_OPTIONS = ("micro_batch_size", "checkpointing", "compile", "sharding", "cpu_offload")
 FREE = {"resume", "dry_run", "data", "val_data"} | {f"train.{name}" for name in FREE_OPTIONS}
 ROUNDING = {"devices", "device"} | {f"train.{name}" for name in ROUNDING_OPTIONS}
@@ -77,8 +77,6 @@ class Run:
         resume  `auto` goes on where there is something to go on from; `no` wants an empty folder; `must` wants a
                 checkpoint
         """
-        if resume not in ("auto", "no", "must"):
-            raise PagodaError(f"--resume must be auto, no or must, not '{resume}'")
         checkpoint = latest_checkpoint(self.path)
         config = {**config, "data_fingerprint": fingerprint}
         known = self.path / "config.yaml"
@@ -86,6 +84,8 @@ class Run:
             raise PagodaError(f"{self.path} holds a run already: give --resume auto to go on, or another --out_dir")
         if not checkpoint and resume == "must":
             raise PagodaError(f"{self.path} holds no checkpoint to resume from")
+        if checkpoint and not known.is_file():
+            raise PagodaError(f"{self.path} holds checkpoints, but no {known.name}: give another --out_dir")
         if checkpoint:
             before = yaml.safe_load(known.read_text(encoding="utf-8"))
             self._compare(flat(before), flat(config))

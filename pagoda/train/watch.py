@@ -166,10 +166,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Take out of a metrics.jsonl what was written behind a step, and half a last line."""
+    """Take out of a metrics.jsonl what was written behind a step, and half a last line; all of it before a start."""
     if not path.exists():
         return
-    kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_metrics(path) if r["step"] <= step]
+    kept = [json.dumps(r, ensure_ascii=False) + "\n" for r in read_metrics(path) if 0 < step >= r["step"]]
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 

@@ -1,5 +1,7 @@
 """A tiny model that a run made, with a tokenizer: what finetuning starts from."""
 
+import json
+
 import pytest
 from helpers import MODEL, write_text
 
@@ -24,3 +26,13 @@ def base(data, tmp_path_factory):
     shape = ["--train.seq_len", "64", "--train.micro_batch_size", "4", "--train.max_steps", "20", "--train.lr", "1e-2"]
     assert main(["pretrain", *small, *shape, "--data", str(data), "--out_dir", str(out), "--device", "cpu"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """Instructions to swap two words."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    words = ["cat", "dog", "house", "old", "small", "near", "ran", "away"]
+    told = [{"prompt": f"say {a} and {b}", "completion": f"{b} {a}"} for a in words for b in words]
+    file.write_text("\n".join(map(json.dumps, told)))
+    return file

@@ -81,6 +81,14 @@ def make_job(out: Path, o: Train, hf=None, start: Path | None = None, data=None,
     return job
 
 
+def finetuning(base: Path, rows: Path, out: Path, *more: str, method: str = "lora", **train) -> list[str]:
+    """The command that finetunes a model on the rows."""
+    told = dict(seq_len=128, micro_batch_size=4, max_steps=12, lr=1e-2, precision="float32", save_interval=6)
+    named = [w for k, v in {**told, **train}.items() for w in (f"--train.{k}", str(v))]
+    command = ["finetune", str(base), "--data", str(rows), "--method", method, "--out_dir", str(out), "--epochs", "0"]
+    return [*command, "--template", "zephyr", "--val_fraction", "0.2", "--device", "cpu", *named, *more]
+
+
 def losses(run: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
 

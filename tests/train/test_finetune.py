@@ -1,11 +1,10 @@
 """Finetuning as users start it: every way to train learns, goes on, answers, and says what it refuses."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from helpers import metrics, weights
+from helpers import finetuning, metrics, weights
 
 from pagoda import LLM
 from pagoda.cli import main
@@ -15,20 +14,8 @@ from pagoda.peft.files import load_adapter
 from pagoda.train.run import latest_checkpoint
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    words = ["cat", "dog", "house", "old", "small", "near", "ran", "away"]
-    told = [{"prompt": f"say {a} and {b}", "completion": f"{b} {a}"} for a in words for b in words]
-    file.write_text("\n".join(map(json.dumps, told)))
-    return file
-
-
-def finetune(base, rows, out, *more, method="lora", **train):
-    told = dict(seq_len=128, micro_batch_size=4, max_steps=12, lr=1e-2, precision="float32", save_interval=6)
-    named = [w for k, v in {**told, **train}.items() for w in (f"--train.{k}", str(v))]
-    command = ["finetune", str(base), "--data", str(rows), "--method", method, "--out_dir", str(out), "--epochs", "0"]
-    return main([*command, "--template", "zephyr", "--val_fraction", "0.2", "--device", "cpu", *named, *more])
+def finetune(*told, **options):
+    return main(finetuning(*told, **options))
 
 
 def values(run):
@@ -47,6 +34,19 @@ def test_every_way_learns_and_answers(method, precision, base, rows, tmp_path, c
     llm = LLM.load(tmp_path / "run", device="cpu")
     messages = [{"role": "user", "content": "say cat and dog"}]
     assert llm.chat(messages, max_new_tokens=4, temperature=0).token_ids  # the template came along
+
+
+def test_the_first_evaluation_is_of_the_untrained_model(base, rows, tmp_path):
+    run = tmp_path / "run"
+    assert finetune(base, rows, run, eval_interval=6) == 0
+    assert [r["step"] for r in metrics(run) if "val_loss" in r] == [0, 6, 12]
+    alone = tmp_path / "alone"  # LoRA starts as nothing: a rate of nearly 0 leaves the model as it is
+    assert finetune(base, rows, alone, max_steps=1, lr=1e-12) == 0
+    assert values(alone)[0] == values(run)[0] == pytest.approx(values(alone)[1], abs=1e-6)
+    told = metrics(run)
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed before the first
+    assert finetune(base, rows, run, eval_interval=6) == 0
+    assert metrics(run) == told
 
 
 def test_a_resumed_adapter_gives_the_same_bits(base, rows, tmp_path):
@@ -97,6 +97,10 @@ def test_bad_input_is_one_line(base, rows, tmp_path, capsys):
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": ""}\n')
     assert "--skip_bad_rows" in refused(rows=bad)
     assert "did you mean 'lora'" in refused(method="lorra")
+    assert "name it alone" in refused(method="full,lora")
+    assert "leave out --quantize" in refused("--quantize", "nf4", method="full")
+    assert "share of the data" in refused("--val_fraction", "2")
+    assert "epochs must be 0 or more" in refused("--epochs", "-1")
     assert "there are q_proj" in refused("--lora.targets", "query")
     assert "no such file" in refused(rows=tmp_path / "none.json").lower()
     assert "did you mean 'alpaca'" in refused("--template", "alpaka")

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
-from helpers import MODEL, losses, metrics, weights, write_text
+from helpers import MODEL, finetuning, losses, metrics, weights, write_text
 
 from pagoda.cli import main
 from pagoda.train.run import latest_checkpoint
@@ -69,6 +70,23 @@ def test_two_processes_equal_one(data, tmp_path):
         shutil.rmtree(latest_checkpoint(moved))
         assert pagoda(resumed).wait() == 0
         torch.testing.assert_close(losses(moved), losses(tmp_path / "one"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_an_adapter_on_two_processes_equals_one(method, base, rows, tmp_path):
+    shape = dict(method=method, micro_batch_size=2, global_batch_size=4, eval_interval=6)
+    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
+    assert main(finetuning(base, rows, one, **shape)) == 0
+    assert pagoda([*finetuning(base, rows, two, **shape), "--devices", "2"]).wait() == 0
+    for key in ("loss", "val_loss"):
+        expected, seen = ([r[key] for r in metrics(run) if key in r] for run in (one, two))
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4)
+    shutil.copytree(two, resumed)
+    shutil.rmtree(latest_checkpoint(resumed))
+    assert pagoda([*finetuning(base, rows, resumed, **shape), "--devices", "2"]).wait() == 0
+    assert metrics(resumed) == metrics(two)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (latest_checkpoint(resumed) / file).read_bytes() == (latest_checkpoint(two) / file).read_bytes()
 
 
 def test_an_error_of_two_processes_is_one_line(data, tmp_path):
