@@ -49,10 +49,10 @@ def points(records: list[dict], key: str) -> Points:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A mean over a twentieth of the curve around each value: centred, so that it does not lag behind; over less at
-    the beginning, where the loss falls fast."""
+    """A mean over a twentieth of the curve around each value, more where it has few: centred, so that it does not lag
+    behind; over less at the beginning, where the loss falls fast."""
     n, i = len(values), np.arange(len(values))
-    reach = np.minimum(n // 40, i // 4)
+    reach = np.minimum(max(n // 40, min(math.isqrt(n), 8)), i // 2)
     first, behind = i - reach, np.minimum(i + reach + 1, n)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[behind] - sums[first]) / (behind - first)
@@ -70,7 +70,8 @@ def limits(curves: list[Curves]) -> tuple[float, float, float, bool]:
 
 
 def draw_png(curves: list[Curves], out: Path) -> None:
-    """Faint: every step. Solid: smoothed. Dashed: validation. Raises PagodaError without matplotlib."""
+    """Faint: every step. Solid: smoothed, paler where there is validation, which is dashed and what counts. Raises
+    PagodaError without matplotlib."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -87,18 +88,23 @@ def draw_png(curves: list[Curves], out: Path) -> None:
         color = f"C{i % 10}"
         if len(curve.train[0]):
             steps, losses = curve.train
-            axes.plot(steps, losses, color=color, alpha=0.22, linewidth=0.8)
-            axes.plot(steps, smooth(losses), color=color, linewidth=1.8)
-        axes.plot(*curve.validation, color=color, linestyle="--", linewidth=1.3, marker="o", markersize=3.5)
+            pale = 0.45 if len(curve.validation[0]) else 1.0
+            axes.plot(steps, losses, color=color, alpha=0.3 * pale, linewidth=0.8)
+            axes.plot(steps, smooth(losses), color=color, alpha=pale, linewidth=1.8)
+        axes.plot(
+            *curve.validation, color=color, linestyle="--", linewidth=1.8, marker="o", markersize=5, clip_on=False
+        )
         legend.append(Line2D([], [], color=color, linewidth=1.8, label=curve.name))
     if any(len(c.validation[0]) for c in curves):
-        legend.append(Line2D([], [], color="0.4", linestyle="--", marker="o", markersize=3.5, label="validation"))
+        legend.append(Line2D([], [], color="0.4", linestyle="--", marker="o", markersize=5, label="validation"))
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    elif high > low:  # what is smooth must fit: a single step's loss may leave the picture
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
