@@ -14,8 +14,9 @@ import json
 import os
 import re
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -42,10 +43,12 @@ class Example:
 
 @dataclass
 class Instructions:
-    """The examples of a source, in its order. bad_rows were left out (`first_bad` says what was wrong with the first);
-    of `endless` examples the last answer does not end with a token that ends a generation."""
+    """The examples of a source, in its order, and how many rows of each format they were. bad_rows were left out
+    (`first_bad` says what was wrong with the first); of `endless` examples the last answer does not end with a token
+    that ends a generation."""
 
     examples: list[Example]
+    formats: Counter[str] = field(default_factory=Counter)
     bad_rows: int = 0
     first_bad: str = ""
     endless: int = 0
@@ -97,7 +100,8 @@ def _texts(
 ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     for where, row in rows:
         try:
-            messages, tools = to_messages(row, options.format)
+            format = _recognise(row) if options.format == "auto" else options.format
+            messages, tools = to_messages(row, format)
             text = answer_spans(tokenizer, messages, tools, everything=options.train_on == "all")
         except PagodaError as error:
             bad = f"{where}: {error}"
@@ -106,6 +110,7 @@ def _texts(
             result.bad_rows += 1
             result.first_bad = result.first_bad or bad
         else:
+            result.formats[format] += 1
             yield text
 
 
@@ -430,7 +435,8 @@ class InstructionRows:
     def summary(self) -> str:
         text = (
             f"{len(self.examples):,} examples, {self.n_tokens:,} tokens ({self.n_trained:,} trained on)"
-            f" in {self.n_rows:,} rows of {self.seq_len} ({self.fullness:.1%} full); {self.truncated:,} truncated"
+            f" in {self.n_rows:,} {'row' if self.n_rows == 1 else 'rows'} of {self.seq_len}"
+            f" ({self.fullness:.1%} full); {self.truncated:,} truncated"
         )
         text += f" ({self.tokens_lost:,} tokens lost)" if self.truncated else ""
         return text + (f"; {self.dropped:,} left out, all of their answer cut away" if self.dropped else "")

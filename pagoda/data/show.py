@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 from typing import Any
 
 from pagoda.data.instruct import Example, InstructionRows, Instructions
 from pagoda.data.tokenizer import Tokenizer
 
-COLOUR = "\x1b[1;32m", "\x1b[0m"  # bold green
-MARKS = "[[", "]]"
+GREEN, FAINT, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 def parts(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -25,12 +25,22 @@ def parts(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 def as_text(data: Instructions, rows: InstructionRows, tokenizer: Tokenizer, n: int, colour: bool) -> str:
     """The first n examples with what is trained on in colour or between marks, then the totals."""
-    begin, end = COLOUR if colour else MARKS
-    blocks = []
+    special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)) or r"\b\B")  # else: what is never found
+
+    def drawn(text: str, trained: bool) -> str:
+        if not colour:
+            return f"[[{text}]]" if trained else text
+        if trained:  # line by line: pagers forget a colour at the end of one
+            return re.sub(r"[^\n]+", lambda line: GREEN + line[0] + PLAIN, text)
+        return special.sub(lambda token: FAINT + token[0] + PLAIN, text)
+
+    lines = []
     for i, example in enumerate(data.examples[:n], 1):
-        text = "".join(f"{begin}{text}{end}" if trained else text for text, trained in parts(example, tokenizer))
-        blocks.append(f"--- example {i}: {len(example.tokens)} tokens, {example.trained.sum()} trained on\n{text}")
-    return "\n".join([*blocks, "---" if blocks else "", rows.summary()]).lstrip("\n")
+        head = f"--- example {i}: {len(example.tokens)} tokens, {example.trained.sum()} trained on"
+        lines += [f"{FAINT}{head}{PLAIN}" if colour else head]
+        lines += ["".join(drawn(*part) for part in parts(example, tokenizer)).rstrip("\n"), ""]
+    formats = ", ".join(f"{count:,} of the {name} format" for name, count in data.formats.most_common())
+    return "\n".join([*lines, f"rows read: {formats}", rows.summary()])
 
 
 def as_json(data: Instructions, rows: InstructionRows, tokenizer: Tokenizer, n: int) -> dict[str, Any]:
@@ -54,5 +64,6 @@ def as_json(data: Instructions, rows: InstructionRows, tokenizer: Tokenizer, n: 
         "tokens_lost": rows.tokens_lost,
         "dropped": rows.dropped,
         "bad_rows": data.bad_rows,
+        "formats": dict(data.formats),
     }
     return {"examples": examples, "totals": totals, "notes": data.notes()}

@@ -69,8 +69,8 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     elif text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError as error:
-            raise PagodaError(f"{name} line {error.lineno} is broken JSON: {error.msg}") from None
+        except json.JSONDecodeError as error:
+            raise PagodaError(f"{name} line {error.lineno} is broken JSON: {_slip(error)}") from None
         yield from ((f"{name} row {i}", row) for i, row in enumerate(rows, 1))
     else:  # a row per line, whatever the file is called
         for i, line in enumerate(text.split("\n"), 1):  # a text may hold the other marks that end a line for Python
@@ -78,9 +78,14 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 yield f"{name} line {i}", json.loads(line)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 hint = " (a file of JSON holds a list of objects, or one object per line)" if i == 1 else ""
-                raise PagodaError(f"{name} line {i} is broken JSON: {error.msg}{hint}") from None
+                raise PagodaError(f"{name} line {i} is broken JSON: {_slip(error)}{hint}") from None
+
+
+def _slip(error: json.JSONDecodeError) -> str:
+    """`unterminated string starting at column 17`"""
+    return f"{error.msg[0].lower()}{error.msg[1:].removesuffix(' at')} at column {error.colno}"
 
 
 def _read_csv(text: str, name: str, delimiter: str) -> Iterator[tuple[str, Row]]:

@@ -364,7 +364,11 @@ GOOD = json.dumps({"prompt": "q", "completion": "a"})
         ("a.jsonl", "", "is empty"),
         ("a.json", "[]", "is empty"),
         ("a.csv", "prompt,completion\n", "is empty"),
-        ("a.jsonl", GOOD + "\n{broken\n", "a.jsonl line 2 is broken JSON"),
+        (
+            "a.jsonl",
+            GOOD + "\n{broken\n",
+            "a.jsonl line 2 is broken JSON: expecting property name enclosed in double quotes at column 2",
+        ),
         ("a.json", f"[{GOOD},\n{GOOD}\n{GOOD}]", "a.json line 3 is broken JSON"),
         ("a.jsonl", GOOD + "\n3\n", "a.jsonl line 2 is no object"),
         ("a.csv", "prompt,completion\na\n", "a.csv line 2 has not as many fields"),
@@ -537,11 +541,11 @@ def test_data_show_marks_what_is_trained(model, capsys, monkeypatch):
     assert main([*args, "--n", "1", "--seq_len", "64"]) == 0
     out, _ = capsys.readouterr()
     assert "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[a<|im_end|>]]\n" in out
-    assert "3 examples" in out
+    assert "rows read: 3 of the prompt format\n3 examples" in out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert main(args) == 0
-    assert "\x1b[1;32ma<|im_end|>\x1b[0m" in capsys.readouterr().out
+    assert "\x1b[32ma<|im_end|>\x1b[0m" in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
     assert main(args) == 0
     assert "\x1b" not in capsys.readouterr().out
