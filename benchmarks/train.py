@@ -4,7 +4,8 @@ usage: python benchmarks/train.py PEERS_DIR [--rounds 3] [--steps 6] [--only REG
 
 SmolLM2-135M, 2 rows of 512 tokens a step, AdamW. PEERS_DIR is what setup_peers.sh built. Every system runs in a process
 of its own, through the command that its users run; a round measures each once, and the medians of the rounds count.
-The first two steps of a process are left out. Memory is the process's peak, as the system counts it.
+The first two steps of a process are left out. Memory is the process's peak, as the system counts it. With --only the
+other rows of the table stay as they are; a ratio is always of systems that were measured together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ RESULTS = HERE / "RESULTS.md"
 BEGIN, END = "<!-- train.py -->", "<!-- /train.py -->"
 FLOPS = {"full": 6, "lora": 4}  # per parameter and token: adapters need no gradients of the weights
 PARAMETERS = 134_515_008
+RATIOS = {  # what is compared: the ratios of speed and of memory that were asked for
+    ("pagoda full, bf16", "transformers full, bf16"): "1.4, 0.65",
+    ("pagoda full, bf16", "transformers full, bf16, compiled"): "",
+    ("pagoda full, bf16, compiled", "transformers full, bf16, compiled"): "",
+    ("pagoda full, bf16", "litgpt full, bf16, compiled"): "",
+    ("pagoda full, float32", "transformers full, float32"): "",
+    ("pagoda LoRA, bf16", "PEFT LoRA, bf16"): "1.4, 0.6",
+    ("pagoda QLoRA, bf16", "PEFT QLoRA, bf16"): "1.4, 0.5",
+}
 
 
 def main() -> None:
@@ -63,15 +73,15 @@ def main() -> None:
             "PEFT LoRA, bf16": [*peer, "lora", "bfloat16", *end],
             "PEFT QLoRA, bf16": [*peer, "qlora", "bfloat16", *end],
         }
-        systems = {name: command for name, command in systems.items() if re.search(args.only, name)}
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in systems if re.search(args.only, name)}
         for i in range(args.rounds):
-            for name, command in systems.items():
+            for name in runs:
+                command = systems[name]
                 rate, peak = measure(command, Path(folder) / f"run-{i}-{len(name)}-{hash(name) % 10**6}")
                 runs[name].append((rate, peak))
                 print(f"{name}: {rate:.0f} tokens/s, {peak:.2f} GiB", file=sys.stderr, flush=True)
     ceilings = {t: gemm_rate(d, torch.device("cpu")) for t, d in (("bf16", torch.bfloat16), ("float32", torch.float32))}
-    write(runs, ceilings)
+    write(list(systems), runs, ceilings)
 
 
 def pagoda(*arguments: str) -> None:
@@ -108,36 +118,33 @@ def measure(command: list, run: Path) -> tuple[float, float]:
     return statistics.median(r["tokens_per_second"] for r in records[2:] if "loss" in r), peak
 
 
-def write(runs: dict[str, list[tuple[float, float]]], ceilings: dict[str, float]) -> None:
+def write(systems: list[str], runs: dict[str, list[tuple[float, float]]], ceilings: dict[str, float]) -> None:
+    before, _, rest = RESULTS.read_text().partition(BEGIN)
+    old, _, after = rest.partition(END)
+    rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
     figures = {name: tuple(statistics.median(values) for values in zip(*pairs)) for name, pairs in runs.items()}
-    ceiling = ", ".join(f"{t} {rate / 1e9:.0f} GFLOP/s" for t, rate in ceilings.items())
-    lines = [
-        f"Products of large matrices in this run: {ceiling} (float32 where PyTorch emulates bf16).",
-        "",
-        "| system | tokens/s | share of the ceiling | peak, GiB |",
-        "|---|---|---|---|",
-    ]
     for name, (rate, peak) in figures.items():
         work = FLOPS["lora" if "LoRA" in name else "full"] * PARAMETERS * rate
         share = work / ceilings["float32" if "float32" in name else "bf16"]
-        lines.append(f"| {name} | {rate:.0f} | {share:.0%} | {peak:.2f} |")
-    lines += ["", "| ratio | tokens/s | peak |", "|---|---|---|"]
-    for ours, theirs in (
-        ("pagoda full, bf16", "transformers full, bf16"),
-        ("pagoda full, bf16", "transformers full, bf16, compiled"),
-        ("pagoda full, bf16, compiled", "transformers full, bf16, compiled"),
-        ("pagoda full, bf16", "litgpt full, bf16, compiled"),
-        ("pagoda full, float32", "transformers full, float32"),
-        ("pagoda LoRA, bf16", "PEFT LoRA, bf16"),
-        ("pagoda QLoRA, bf16", "PEFT QLoRA, bf16"),
-    ):
+        rows[name] = f"| {name} | {rate:.0f} | {share:.0%} | {peak:.2f} |"
+    for (ours, theirs), asked in RATIOS.items():
         if ours in figures and theirs in figures:
             (rate, peak), (their_rate, their_peak) = figures[ours], figures[theirs]
-            lines.append(f"| {ours} : {theirs} | {rate / their_rate:.2f} | {peak / their_peak:.2f} |")
+            name = f"{ours} : {theirs}"
+            rows[name] = f"| {name} | {rate / their_rate:.2f} | {peak / their_peak:.2f} | {asked} |"
+    ceiling = ", ".join(f"{t} {rate / 1e9:.0f} GFLOP/s" for t, rate in ceilings.items())
+    lines = [
+        f"Products of large matrices beside the last of these: {ceiling} (float32 where PyTorch emulates bf16).",
+        "",
+        "| system | tokens/s | share of the ceiling | peak, GiB |",
+        "|---|---|---|---|",
+        *(rows[name] for name in systems if name in rows),
+        "",
+        "| ratio | tokens/s | peak | asked |",
+        "|---|---|---|---|",
+        *(rows[name] for name in (f"{ours} : {theirs}" for ours, theirs in RATIOS) if name in rows),
+    ]
     print("\n".join(lines))
-    old = RESULTS.read_text()
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2]
     RESULTS.write_text("\n".join([before.rstrip("\n"), "", BEGIN, *lines, END]) + (after or "\n"))
 
 
