@@ -17,8 +17,9 @@ from pathlib import Path
 
 from pagoda.common import PagodaError, did_you_mean
 from pagoda.data.options import InstructionOptions, Preparation, Reading
-from pagoda.engine.options import REQUEST_ONLY, Sampling, Weights
+from pagoda.engine.options import REQUEST_ONLY, EngineOptions, Sampling, Weights
 from pagoda.peft.options import METHODS, Options
+from pagoda.serve.options import Serving
 from pagoda.train.options import Finetune, Start, Train
 
 
@@ -414,6 +415,21 @@ def finetune(
         print(done)
 
 
+def serve(model: str, serving: Serving, engine: EngineOptions, weights: Weights) -> None:
+    """Answer OpenAI's HTTP API, and chat in a browser. A training run is followed: its newest checkpoint is served.
+
+    Args:
+        model: a name (`pagoda models`), a directory, a run, a GGUF file or a Hub id.
+        serving: how the server answers.
+        engine: how requests share the machine.
+        weights: how the model is loaded.
+    """
+    serving.api_key = serving.api_key or os.environ.get("PAGODA_API_KEY", "")
+    from pagoda.serve.server import serve as start
+
+    start(model, serving, engine, weights)
+
+
 def env() -> None:
     """Say what this installation runs on: versions, devices, the kernels in use."""
     import platform
@@ -447,10 +463,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data show": data_show,
     "plot": plot,
     "merge": merge,
+    "serve": serve,
     "env": env,
 }
 # Parameters whose fields are options of their own; NESTED, by their type, with their name in front: --train.lr
 GROUPS = {"sampling": Sampling, "weights": Weights, "instructions": InstructionOptions}
+GROUPS |= {"serving": Serving, "engine": EngineOptions}
 GROUPS |= {"start": Start, "reading": Reading, "preparation": Preparation}
 NESTED = {"Train": Train, "Finetune": Finetune}
 
@@ -534,10 +552,12 @@ def spell_out(args: list[str], kinds: dict[str, str]) -> list[str]:
         if kind == "bool" and not equals and rest[:1] not in (["true"], ["false"]):
             arg += "=true"
         elif kind.startswith("list[str]"):
-            if not equals and rest and not rest[0].startswith("--"):
-                value, equals = rest.pop(0), "="
-            if equals:
-                arg = f"{option}+=" + json_module.dumps([value], ensure_ascii=False)
+            values = [value] if equals else rest[:1] if rest and not rest[0].startswith("--") else []
+            del rest[: 0 if equals else len(values)]
+            while option == "--adapters" and rest and "=" in rest[0] and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if values:
+                arg = f"{option}+=" + json_module.dumps(values, ensure_ascii=False)
         spelled.append(arg)
     return spelled
 
