@@ -526,7 +526,7 @@ def run(command: str, args: list[str]) -> None:
         if value is None and parser.get_default(option) is not None:
             raise PagodaError(f"{option} must not be null (`pagoda {command} --help` lists the options)")
     for name, group in groups.items():
-        options[name] = group(**{f.name: options.pop(f.name) for f in dataclasses.fields(group)})
+        options[name] = group(**{f.name: options.pop(f.name) for f in dataclasses.fields(group) if f.name in options})
     for name, group in dotted.items():
         options[name] = group(**vars(options[name])) if name in options else group()
     if methods:
