@@ -222,3 +222,17 @@ def greedy(model, prompts: list[torch.Tensor], n: int, page_size: int = 16, chun
             done[s] += len(steps[s])
             if done[s] == len(tokens[s]):
                 tokens[s].append(int(row.argmax()))
+
+
+def generate(model, prompts: list[list[int]], sampling, kv_dtype: torch.dtype | None = None, **options):
+    """The new tokens of each prompt; sampling is one for all, or a list. `options` are the engine's."""
+    from pagoda.engine.engine import Engine
+    from pagoda.engine.options import EngineOptions
+    from pagoda.engine.request import Request
+
+    engine = Engine(model, options=EngineOptions(kv_memory=0.05, **options), kv_dtype=kv_dtype)
+    each = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    requests = [Request(list(p), o) for p, o in zip(prompts, each)]
+    engine.run(requests, lambda i, piece: tokens[i].extend(piece.token_ids))
+    return tokens

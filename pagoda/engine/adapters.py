@@ -1,4 +1,4 @@
-"""LoRA adapters side by side on one model: in a batch every sequence wears its own, or none (Chen et al. 2023, Punica)."""
+"""LoRA adapters side by side on one model: every sequence of a batch wears its own, or none (Chen et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Who owns which block of the key/value cache: a pool with reference counts, and what it remembers of prompts.
 
 A block is a page of `size` tokens in every layer. A full block of a prompt is remembered under what it holds and what
-stands before it, so that a later prompt that begins alike takes it over. What it holds is compared itself, not a hash of
-it: no other text can ever be mistaken for it. A block without an owner stays remembered until its memory is needed, the
-longest unused first.
+stands before it, so that a later prompt that begins alike takes it over. The tokens themselves are compared, not a hash
+of them: no other text can ever be mistaken for it. A block without an owner stays remembered until its memory is
+needed, the longest unused first.
 """
 
 from __future__ import annotations

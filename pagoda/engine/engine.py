@@ -324,7 +324,7 @@ class Engine:
         return pieces
 
     def _tell(self, group: Group, out: Output) -> Pieces:
-        """The piece, with what goes along with a request's first; with best_of all pieces in the end, the best first."""
+        """The piece, with what goes along with a request's first; with best_of all in the end, the best first."""
         if not group.told:
             group.told = True
             out.prompt_logprobs, out.cached_tokens = group.prompt_logprobs, group.cached_tokens
@@ -372,7 +372,7 @@ class Engine:
         self.adapters.load(name, path)
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter, and what the cache holds of it. Its running requests are ended by whoever asks for this."""
+        """Forget an adapter, and what the cache holds of it. Raises PagodaError while requests for it run."""
         if any(g.request.adapter == name for g in self.groups):
             raise PagodaError(f"adapter '{name}' is in use: wait until its requests have ended")
         self.adapters.drop(name)

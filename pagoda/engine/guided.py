@@ -23,7 +23,7 @@ class Guides:
         self.tokenizer, self.vocab_size, self.vocabulary = tokenizer, vocab_size, None
 
     def grammar(self, guided: Guided) -> str:
-        """What was asked for, in the package's terms. Raises PagodaError for a schema or pattern that makes no sense."""
+        """What was asked for, in the package's terms. Raises PagodaError for a schema or pattern without sense."""
         guidance = _package()
         if self.vocabulary is None:
             text = self.tokenizer.backend.to_str()

@@ -26,8 +26,9 @@ Messages = list[dict[str, Any]]
 
 @dataclass
 class Completion:
-    """What a prompt led to. finish_reason is `stop` (end of text, or a stop text) or `length`; logprobs where asked for.
-    With `n` above 1 `others` are the answers behind the first."""
+    """What a prompt led to. finish_reason is `stop` (end of text, or a stop text) or `length`.
+
+    logprobs are there when asked for; with `n` above 1 `others` are the answers behind the first."""
 
     text: str
     token_ids: list[int]

@@ -8,7 +8,6 @@ from typing import Any
 
 from pagoda.common import PagodaError
 
-
 MOST_ANSWERS = 128  # to one request
 MOST_LOGPROBS = 20  # alternatives reported for a token
 

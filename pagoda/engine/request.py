@@ -10,7 +10,7 @@ from pagoda.engine.options import Sampling
 
 @dataclass
 class Request:
-    """Token ids to go on from, and how. `adapter` names one that the engine has loaded; the lowest priority runs first."""
+    """Token ids to go on from, and how. `adapter`: one that the engine has loaded; the lowest priority runs first."""
 
     prompt: list[int]
     sampling: Sampling = field(default_factory=Sampling)
@@ -20,7 +20,7 @@ class Request:
 
 @dataclass
 class TokenLogprob:
-    """A token, its log-probability in nats (of the model, before temperature and penalties), the likeliest at its place."""
+    """A token, its log-probability (nats, of the model, before temperature and penalties), the likeliest beside it."""
 
     token: int
     logprob: float

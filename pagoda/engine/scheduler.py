@@ -1,12 +1,12 @@
 """Which tokens of which sequences the next step computes: continuous batching.
 
 Every step first gives each running sequence its next token, then spends what is left of its budget on prompts, in
-pieces. When the cache is full the sequence that is last in order gives its blocks back and starts again later. The order
-is priority, then arrival; a long prompt takes half a step at most while others wait for theirs.
+pieces. When the cache is full the sequence that is last in order gives its blocks back and starts again later. The
+order is priority, then arrival; a long prompt takes half a step at most while others wait for theirs.
 
 What a sequence computes may not depend on its company. A kernel gives a row the same bits in any batch, but it has two
-ways to attend: one for up to DECODE_ROWS queries of a sequence, one for more. So a prompt goes in by pieces of more, and
-tokens that were made one by one come back after a preemption by pieces of few.
+ways to attend: one for up to DECODE_ROWS queries of a sequence, one for more. So a prompt goes in by pieces of more,
+and tokens that were made one by one come back after a preemption by pieces of few.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Scheduler:
         return max(n, 0)
 
     def _take_over(self, s: Sequence) -> None:
-        """Blocks of earlier prompts that begin like this one's. A last piece is left to compute, and not a small one."""
+        """Blocks of earlier prompts that begin like this one's. A last piece is left to compute, not a small one."""
         if not self.prefix_caching or s.group.request.sampling.prompt_logprobs is not None:
             return
         found = self.blocks.find(root(s.group), s.tokens, s.n_prompt - DECODE_ROWS - 1)

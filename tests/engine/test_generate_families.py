@@ -1,14 +1,13 @@
-"""Every family through the generator: each cached token is the likeliest by one pass over the whole text."""
+"""Every family through the engine: each cached token is the likeliest by one pass over the whole text."""
 
 import pytest
 import tiny
 import torch
 
 from pagoda import Sampling
-from pagoda.engine.generate import Generator
 from pagoda.models.registry import from_hf_config
 
-# Angles that follow the length differ between a text and its beginning: test_generate.py looks at those scalings.
+# Angles that follow the length differ between a text and its beginning: test_engine.py looks at those scalings.
 NAMES = [name for name in tiny.VARIATIONS if "dynamic" not in name and "longrope" not in name]
 
 
@@ -29,9 +28,7 @@ def test_generated_tokens_are_the_likeliest(name):
     tiny.randomize(model)
     model.requires_grad_(False)
     prompts = [[5, 6, 7], list(range(10, 25))]
-    tokens = [[], []]
-    for index, token in Generator(model, prompts, [Sampling(temperature=0, max_new_tokens=24)] * 2):
-        tokens[index].append(token)
+    tokens = tiny.generate(model, prompts, Sampling(temperature=0, max_new_tokens=24))
     for prompt, new in zip(prompts, tokens):
         scores = model(torch.tensor(prompt + new))[len(prompt) - 1 : -1]
         chosen = scores[torch.arange(24), torch.tensor(new)]

@@ -13,7 +13,6 @@ from tokenizers.models import WordLevel
 
 from pagoda.cli import main
 from pagoda.common import PagodaError
-from pagoda.engine.generate import Generator
 from pagoda.engine.options import Sampling
 from pagoda.models.batch import Batch, Cache
 from pagoda.models.layers import dense, weights_of
@@ -181,9 +180,7 @@ def test_generation_with_a_cache_is_generation_without(base, family, word):
     model = worn(base, family, word)
     prompts = [tiny.prompt(n, seed=n).tolist() for n in (5, 9)]
     greedy = Sampling(max_new_tokens=6, temperature=0)
-    new = [[], []]
-    for index, token in Generator(model, prompts, [greedy, greedy], torch.float32):
-        new[index].append(token)
+    new = tiny.generate(model, prompts, greedy, torch.float32)
     for prompt, tokens in zip(prompts, new):
         ids = list(prompt)
         with torch.no_grad():

@@ -1,0 +1,418 @@
+"""The engine on tiny random models: company, pieces, guesses, preemption and caching change nothing about an answer."""
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from pagoda import PagodaError, Sampling
+from pagoda.engine.blocks import Blocks
+from pagoda.engine.engine import Engine, Timing
+from pagoda.engine.options import EngineOptions
+from pagoda.engine.request import Request
+from pagoda.engine.speculate import lookup
+from pagoda.models.batch import Batch
+from pagoda.models.layers import Linear, set_weight
+from pagoda.models.loader import load
+from pagoda.models.registry import from_hf_config
+from pagoda.ops import cpu
+from pagoda.ops.formats import pack
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+PROMPTS = [[5, 6, 7], list(range(1, 90)), [11] * 64, [3], list(range(1, 80)) + [3] * 70]
+needs_kernels = pytest.mark.skipif(cpu.kernels is None, reason="the reference's bits depend on the batch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(seed: int = 0, **more):
+    hf = {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 400,
+        "initializer_range": 0.2,
+        **more,
+    }
+    model = from_hf_config(hf)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    model.requires_grad_(False)
+    for layer in [m for m in model.modules() if isinstance(m, Linear)] if cpu.kernels is not None else []:
+        set_weight(layer, "weight", pack(layer.weight.detach(), "float32"))  # for the kernels, as commands load a model
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+@torch.inference_mode()
+def recompute(model, prompt, n):
+    """Greedy tokens without a cache: the whole sequence again for every token."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(model(torch.tensor(tokens))[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def engine_of(model, n_blocks: int = 200, draft=None, **options) -> Engine:
+    """An engine with so many blocks."""
+    engine = Engine(model, options=EngineOptions(kv_memory=1.0, **options), draft=draft)
+    size = engine.scheduler.blocks.size
+    page = sum(s.page_bytes(size, model.dtype) for m in (model, *([draft] if draft else [])) for s in m.cache_specs())
+    return Engine(model, options=EngineOptions(kv_memory=(n_blocks + 0.5) * page / 2**30, **options), draft=draft)
+
+
+def answers(engine, requests):
+    """For each request (token ids, logprobs) of its first answer."""
+    found = [([], []) for _ in requests]
+
+    def each(i, piece):
+        assert not piece.error
+        if piece.index == 0:
+            found[i][0].extend(piece.token_ids)
+            found[i][1].extend(t.logprob for t in piece.logprobs)
+
+    engine.run(requests, each)
+    assert engine.scheduler.blocks.used == 0
+    return found
+
+
+def test_cached_tokens_equal_recomputed_ones(model):
+    assert tiny.generate(model, PROMPTS, GREEDY) == [recompute(model, p, 12) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("speculate", ["", "ngram"])
+def test_prompts_in_pieces_change_nothing(model, speculate):
+    whole = tiny.generate(model, PROMPTS, GREEDY)
+    assert tiny.generate(model, PROMPTS, GREEDY, max_step_tokens=128, speculate=speculate) == whole
+
+
+KINDS = [
+    Sampling(temperature=0, max_new_tokens=20, logprobs=2),
+    Sampling(temperature=1.0, seed=3, max_new_tokens=30, logprobs=0),
+    Sampling(temperature=1.2, top_p=0.8, seed=4, max_new_tokens=25, logprobs=1, repetition_penalty=1.3),
+    Sampling(temperature=0.7, top_k=9, min_p=0.05, seed=5, max_new_tokens=15, logprobs=0, frequency_penalty=0.5),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_step_tokens": 128},
+        {"n_blocks": 12, "max_step_tokens": 128},  # far too few: sequences give their blocks back again and again
+        {"max_num_seqs": 3, "prefix_caching": False},
+        {"speculate": "ngram", "n_draft": 5},
+    ],
+    ids=str,
+)
+def test_an_answer_is_the_same_bit_for_bit_alone_and_in_company(model, options):
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randint(97, (130,), generator=generator).tolist()
+    requests = []
+    for i in range(24):
+        n = int(torch.randint(1, 150, (1,), generator=generator))
+        own = torch.randint(97, (n,), generator=generator).tolist()
+        requests.append(Request((shared if i % 3 == 0 else []) + own, KINDS[i % len(KINDS)], priority=i % 2))
+    alone = [answers(engine_of(model), [r])[0] for r in requests]
+    engine = engine_of(model, **options)
+    assert answers(engine, requests) == alone
+    assert answers(engine, requests[::-1]) == alone[::-1]  # now with a full prefix cache
+    if "n_blocks" in options:
+        assert engine.stats()["preemptions"] > 0
+    elif options.get("prefix_caching", True):
+        assert engine.stats()["prefix_hit_tokens"] > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("other", [1, 0], ids=["another model", "the same model"])
+def test_a_draft_model_changes_nothing(model, other):
+    requests = [Request(p, KINDS[i % len(KINDS)]) for i, p in enumerate(PROMPTS)]
+    alone = [answers(engine_of(model), [r])[0] for r in requests]
+    engine = engine_of(model, draft=make(seed=other), n_draft=3, max_step_tokens=128)
+    assert answers(engine, requests) == alone
+    assert answers(engine, requests) == alone
+    steps, run = [], engine.runner.run
+    engine.runner.run = lambda works, **o: steps.append(works) or run(works, **o)
+    assert answers(engine, requests[:1]) == alone[:1]
+    if not other:  # who guesses right takes four tokens a step, behind the prompt's
+        assert len(steps) == 1 + 5
+
+
+def test_lookup_finds_what_stood_behind_the_last_tokens():
+    assert lookup([1, 2, 3, 4, 5, 6, 2, 3], 3) == [4, 5, 6]
+    assert lookup([1, 2, 9, 1, 2, 8, 1, 2], 1) == [8]  # the latest place
+    assert lookup([1, 2, 3], 3) == []
+
+
+def test_parallel_answers_share_the_prompt_and_differ(model):
+    engine = engine_of(model)
+    o = Sampling(temperature=1.0, seed=1, n=4, max_new_tokens=10)
+    group = engine.add(Request(PROMPTS[1], o))
+    engine.step()
+    assert engine.scheduler.blocks.used == 2  # of 64 tokens: 89 tokens once
+    engine.step()
+    assert engine.scheduler.blocks.used == 1 + 4  # the second block is written by each
+    said = [[s.tokens[89:][:2] for s in group.sequences]]
+    assert len({tuple(t) for t in said[0]}) > 1
+    while engine.has_work:
+        engine.step()
+    assert engine.scheduler.blocks.used == 0
+    single = Sampling(temperature=1.0, seed=3, max_new_tokens=10)  # the third answer has the seed behind two others
+    tokens = {}
+    engine.run([Request(PROMPTS[1], o)], lambda i, p: tokens.setdefault(p.index, []).extend(p.token_ids))
+    assert tokens[2] == tiny.generate(model, [PROMPTS[1]], single)[0]
+
+
+def test_best_of_returns_the_likeliest(model):
+    engine, o = engine_of(model), dict(temperature=1.0, seed=1, max_new_tokens=6, logprobs=0)
+    means, best = {}, []
+
+    def mean(i, p):
+        means.setdefault(p.index, []).extend(t.logprob for t in p.logprobs)
+
+    engine.run([Request([5, 6, 7], Sampling(n=6, **o))], mean)
+    engine.run([Request([5, 6, 7], Sampling(n=2, best_of=6, **o))], lambda i, p: best.append(p))
+    expected = sorted((sum(v) / len(v) for v in means.values()), reverse=True)[:2]
+    assert [sum(t.logprob for t in p.logprobs) / 6 for p in best] == pytest.approx(expected, abs=1e-6)
+    assert [p.index for p in best] == [0, 1]
+
+
+def test_beam_search_equals_transformers(tmp_path):
+    config = transformers.LlamaConfig(**tiny.KV, initializer_range=0.5, eos_token_id=7, pad_token_id=0)
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    reference.save_pretrained(tmp_path)
+    model = load(tmp_path, torch.float32)
+    for prompt, width, n, penalty, most in (
+        ([5, 6, 9], 4, 2, 1.0, 10),
+        ([1, 2], 3, 3, 0.5, 14),
+        ([9] * 20, 5, 1, 2.0, 8),
+    ):
+        expected = reference.generate(
+            torch.tensor([prompt]),
+            num_beams=width,
+            num_return_sequences=n,
+            do_sample=False,
+            length_penalty=penalty,
+            max_new_tokens=most,
+            eos_token_id=7,
+        )
+        expected = [row[len(prompt) :].tolist() for row in expected]
+        expected = [row[: row.index(7)] if 7 in row else row for row in expected]
+        o = Sampling(beam_width=width, n=n, length_penalty=penalty, max_new_tokens=most, stop_token_ids=[7])
+        found = []
+        engine = engine_of(model)
+        engine.run([Request(prompt, o), Request([3, 4], GREEDY)], lambda i, p: i or found.append(p.token_ids))  # noqa: B023
+        assert found == expected
+        assert engine.scheduler.blocks.used == 0
+
+
+def test_log_probabilities_are_the_models(model):
+    o = Sampling(temperature=0.5, seed=1, logprobs=3, prompt_logprobs=2, max_new_tokens=5, repetition_penalty=2.0)
+    for options in ({}, {"max_step_tokens": 128, "n_blocks": 8}):
+        pieces = []
+        others = [Request(p, GREEDY) for p in PROMPTS]
+        engine = engine_of(model, **options)
+        engine.run([*others, Request(PROMPTS[4], o)], lambda i, p: i < 5 or pieces.append(p))  # noqa: B023
+        new = [t for p in pieces for t in p.token_ids]
+        with torch.inference_mode():
+            expected = model(torch.tensor(PROMPTS[4] + new)).log_softmax(-1)
+        first, *told = pieces[0].prompt_logprobs
+        assert first is None
+        assert [t.token for t in told] == PROMPTS[4][1:]
+        told += [t for p in pieces for t in p.logprobs]
+        for i, t in enumerate(told):
+            assert t.logprob == pytest.approx(float(expected[i, t.token]), abs=1e-4)
+            values, places = expected[i].topk(3)
+            assert [p for p, _ in t.top] == places.tolist()[: len(t.top)]
+            assert [v for _, v in t.top] == pytest.approx(values.tolist()[: len(t.top)], abs=1e-4)
+        assert len(told[-1].top) == 3
+        assert len(told[0].top) == 2
+
+
+def test_bias_stop_tokens_and_least_lengths(model):
+    token = recompute(model, [5, 6, 7], 3)[-1]
+    stopped = tiny.generate(model, [[5, 6, 7]], Sampling(temperature=0, max_new_tokens=12, stop_token_ids=[token]))[0]
+    assert token not in stopped
+    assert len(stopped) < 3
+    o = Sampling(temperature=0, max_new_tokens=12, min_new_tokens=8, stop_token_ids=[token])
+    assert len(tiny.generate(model, [[5, 6, 7]], o)[0]) >= 8
+    assert tiny.generate(model, [[5]], Sampling(temperature=0, max_new_tokens=4, logit_bias={42: 1e4})) == [[42] * 4]
+
+
+def test_lower_priorities_and_earlier_requests_go_first(model):
+    engine = engine_of(model, max_num_seqs=1)
+    ended = []
+    requests = [Request([i + 1], GREEDY, priority=p) for i, p in enumerate((5, 5, 0, 9, 0))]
+    engine.run(requests, lambda i, piece: piece.finish_reason and ended.append(i))
+    assert ended == [2, 4, 0, 1, 3]
+
+
+def test_a_long_prompt_leaves_half_a_step_to_others(model):
+    engine = engine_of(model, max_step_tokens=256)
+    long, short = engine.add(Request([7] * 390, GREEDY)), engine.add(Request([5] * 20, GREEDY))
+    engine.step()
+    assert len(short.sequences[0].new) == 1
+    assert not long.sequences[0].new
+
+
+def test_aborted_requests_free_their_blocks(model):
+    engine = engine_of(model)
+    groups = [engine.add(Request(p, Sampling(n=2, max_new_tokens=50))) for p in PROMPTS]
+    engine.step()
+    engine.step()
+    for group in groups:
+        engine.abort(group)
+    assert engine.scheduler.blocks.used == 0
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+def test_an_error_in_one_request_fails_that_one_alone(model):
+    engine = engine_of(model)
+    expected = answers(engine, [Request([5, 6, 7], GREEDY)])
+    bad, good = (engine.add(Request([5, 6, 7], Sampling(temperature=t, max_new_tokens=12))) for t in (1, 0))
+
+    def breaks(scores):
+        raise RuntimeError("broken")
+
+    bad.sequences[0].chooser.adjust = breaks
+    bad.sequences[0].chooser.bias = ()
+    pieces = []
+    while engine.has_work:
+        pieces += engine.step()
+    assert [p.error for g, p in pieces if g is bad] == ["broken"]
+    assert [t for g, p in pieces if g is good for t in p.token_ids] == expected[0][0]
+
+
+def test_new_weights_wait_for_what_runs(model):
+    other = make(seed=5)
+    engine = engine_of(model, max_num_seqs=1)
+    first, second = (engine.add(Request(PROMPTS[1], GREEDY)) for _ in range(2))
+    engine.step()
+    engine.replace(other)
+    tokens = {first: [], second: []}
+    tokens[first] += first.sequences[0].new
+    while engine.has_work:
+        for group, piece in engine.step():
+            tokens[group] += piece.token_ids
+    assert tokens[first] == recompute(model, PROMPTS[1], 12)
+    assert tokens[second] == recompute(other, PROMPTS[1], 12)
+    assert engine.stats()["prefix_hit_tokens"] == 0
+
+
+def test_embeddings_are_the_means_of_the_last_states(model):
+    with torch.inference_mode():
+        states = [model.hidden(torch.tensor(p), Batch.of([len(p)])) for p in PROMPTS]
+    engine = engine_of(model)
+    for pooling, expected in (("mean", [s.mean(0) for s in states]), ("last", [s[-1] for s in states])):
+        expected = torch.nn.functional.normalize(torch.stack(expected), dim=-1)
+        torch.testing.assert_close(engine.embed(PROMPTS, pooling), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_generation_ends_at_the_context(model):
+    assert len(tiny.generate(model, [[5] * 380], Sampling(temperature=0, max_new_tokens=500))[0]) == 20
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([1] * 400, "400 tokens and the model's context is 400"),
+        ([97], "token 97 .*vocabulary"),
+        ([3, -1], "token -1 "),
+    ],
+)
+def test_impossible_prompts_are_refused(model, prompt, message):
+    with pytest.raises(PagodaError, match=message):
+        Engine(model).add(Request(prompt, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([1], GREEDY, adapter="none"), "no adapter 'none'"),
+        (Request([1], Sampling(logit_bias={97: 1.0})), "token 97"),
+        (Request([1], Sampling(beam_width=100, max_new_tokens=390)), "beams do not fit"),
+    ],
+)
+def test_impossible_requests_are_refused(model, request_, message):
+    with pytest.raises(PagodaError, match=message):
+        engine_of(model, n_blocks=50).add(request_)
+
+
+def test_a_cache_too_small_for_anything_is_refused(model):
+    with pytest.raises(PagodaError, match="kv_memory is too small"):
+        Engine(model, options=EngineOptions(kv_memory=1e-6))
+
+
+def test_an_interrupted_prefill_has_a_summary():
+    assert Timing(prefill_tokens=2048).summary() == "[]"
+
+
+def test_embeddings_and_ids_are_the_same_input(model):
+    ids = torch.randint(0, 97, (2, 9))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(model.embed(ids)), model(ids))
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [2.0, 3.0, 4.0, 8.0]}
+
+
+def scaled(rope, original=16):
+    """A model whose rotary angles depend on the length of the text."""
+    rope = {"rope_theta": 100.0, "original_max_position_embeddings": original, **rope}
+    return make(num_key_value_heads=6, max_position_embeddings=200, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("step", [512, 128])
+def test_longrope_computes_a_sequence_again_when_it_outgrows_the_original_context(step):
+    model = scaled(LONGROPE, 140)
+    prompts = [[5, 6, 7], list(range(1, 90)) + [5] * 45, [11] * 140, list(range(30, 60))]
+    expected = [recompute(model, p, 20) for p in prompts]
+    assert tiny.generate(model, prompts, Sampling(temperature=0, max_new_tokens=20), max_step_tokens=step) == expected
+
+
+def test_dynamic_scaling_does_not_see_the_pieces_of_a_prompt():
+    model = scaled({"rope_type": "dynamic", "factor": 2.0})
+    model.rope.block_size = 16
+    assert tiny.generate(model, PROMPTS, GREEDY, max_step_tokens=128) == tiny.generate(model, PROMPTS, GREEDY)
+
+
+# The pool of blocks
+
+
+def test_blocks_are_remembered_until_their_memory_is_needed():
+    blocks = Blocks(4, 2)
+    mine = [blocks.take() for _ in range(3)]
+    assert blocks.remember("a", [1, 2, 3, 4, 5], mine, 0) == 2
+    blocks.release(mine)
+    assert blocks.used == 0
+    assert blocks.find("a", [1, 2, 3, 4, 9], 5) == mine[:2]
+    assert blocks.find("b", [1, 2, 3, 4, 9], 5) == []  # another adapter's
+    assert blocks.find("a", [1, 2, 3, 4, 9], 3) == mine[:1]
+    assert blocks.find("a", [3, 4], 2) == []  # stood behind something else
+    taken = [blocks.take() for _ in range(3)]  # the end of a text is forgotten before its beginning
+    assert mine[0] not in taken
+    assert blocks.find("a", [1, 2, 3, 4], 4) == mine[:1]
+    blocks.share(mine[0])
+    with pytest.raises(IndexError):
+        blocks.take()
+    blocks.clear()
+    blocks.release([*taken, mine[0]])
+    assert blocks.free == 4
+    assert blocks.find("a", [1, 2], 2) == []
