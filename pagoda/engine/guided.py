@@ -14,6 +14,8 @@ from pagoda.data.tokenizer import Tokenizer
 from pagoda.engine.options import Guided
 
 ANY_OBJECT = {"type": "object"}
+# As json.dumps writes it. Where any space is allowed a small model may write nothing else until its tokens are spent.
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Guides:
@@ -33,7 +35,8 @@ class Guides:
             if guided.any_json or guided.json is not None:
                 schema = ANY_OBJECT if guided.any_json else guided.json
                 kind = "json"
-                grammar = matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
+                text = schema if isinstance(schema, str) else json.dumps(schema)
+                grammar = matcher.grammar_from_json_schema(text, defaults=SPACES)
             elif guided.regex is not None:
                 kind, grammar = "regex", matcher.grammar_from_regex(guided.regex)
             elif guided.choice is not None:

@@ -170,10 +170,14 @@ class ChatAnswer(Answer):
 
 
 def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several deltas as one."""
-    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
-    text = "".join(delta.get("content", "") for delta in deltas)
-    return ({"content": text} if text else {}) | ({"tool_calls": calls} if calls else {})
+    """Several deltas as one, with one entry for each call."""
+    text, calls = "".join(delta.get("content", "") for delta in deltas), {}
+    for call in (call for delta in deltas for call in delta.get("tool_calls", [])):
+        if call["index"] in calls:
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        else:
+            calls[call["index"]] = {**call, "function": dict(call["function"])}
+    return ({"content": text} if text else {}) | ({"tool_calls": list(calls.values())} if calls else {})
 
 
 def shown(logprob: float | None) -> float | None:

@@ -119,7 +119,8 @@ class Reader:
         text, begin = self.held.lstrip(), self.format.begin
         if not text or (begin and begin.startswith(text) and begin != text):
             return None
-        calls = self.format.opening and text.startswith(self.format.opening)
+        marked = begin and text.startswith(begin)
+        calls = not marked and self.format.opening and text.startswith(self.format.opening)
         self.mode, self.raw = ("calls" if calls else "text"), ""
         return []
 
