@@ -105,10 +105,8 @@ def train(job: Job) -> Progress:
                 saved = save(job)
         if saved != progress.step:
             save(job)
-        job.watch.note(
-            f"{progress.step:,} steps, {progress.tokens:,} tokens in {clock(progress.seconds)} of training: "
-            f"{progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s; peak memory {job.watch.memory():.2f} GiB"
-        )
+        if workers.main:
+            job.watch.note(summary(job))
     finally:
         signal.signal(signal.SIGTERM, before)
     return progress
@@ -180,6 +178,15 @@ def forecast(job: Job, seconds: float) -> str:
         total += rounds * o.eval_rows * seconds / o.global_batch_size / 3
     total = min(total, o.seconds() - job.progress.seconds)
     return f"{seconds:.2f} s a step: {left} more take about {clock(total)}; peak memory {job.watch.memory():.2f} GiB"
+
+
+def summary(job: Job) -> str:
+    """What a run did, and took."""
+    p = job.progress
+    return (
+        f"{p.step:,} steps, {p.tokens:,} tokens in {clock(p.seconds)} of training: "
+        f"{p.tokens / max(p.seconds, 1e-9):.0f} tokens/s; peak memory {job.watch.memory():.2f} GiB"
+    )
 
 
 def step_rows(job: Job) -> list[Rows]:
