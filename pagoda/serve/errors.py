@@ -50,10 +50,6 @@ def handle_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: HTTPException) -> Response:
         return refusal(error)
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body("something went wrong in the server; its log says what", 500), 500)
-
 
 def refusal(error: HTTPException) -> Response:
     message = str(error.detail)

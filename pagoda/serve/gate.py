@@ -1,8 +1,9 @@
-"""What stands before every route: the API key, the largest body, the end of service, and the count of requests."""
+"""What stands before every route: the API key, the largest body, the end of service, bugs, and a count."""
 
 from __future__ import annotations
 
 import hmac
+import logging
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -18,6 +19,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+log = logging.getLogger("pagoda.serve")
 
 
 class Gate:
@@ -29,7 +31,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path, headers, size = scope["path"], Headers(scope=scope), 0
+        path, headers, size, begun = scope["path"], Headers(scope=scope), 0, False
         page = path == "/" or path.startswith("/page/")
 
         async def bounded() -> Message:
@@ -41,7 +43,9 @@ class Gate:
             return message
 
         async def counted(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 own = MutableHeaders(scope=message)
                 own["X-Content-Type-Options"] = "nosniff"
                 for name, value in PAGE_HEADERS.items() if page else ():
@@ -56,6 +60,13 @@ class Gate:
                 await refused(scope, receive, counted)
             else:
                 await self.app(scope, bounded, counted)
+        except Exception:
+            if begun:
+                raise  # the connection breaks, so that the client does not take a part for the whole
+            log.exception("%s %s failed", scope["method"], path)
+            await refusal(Refusal(500, "something went wrong in the server; its log says what"))(
+                scope, receive, counted
+            )
         finally:
             self.service.active -= 1
 

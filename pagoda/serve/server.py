@@ -32,11 +32,8 @@ from pagoda.serve.service import Service
 def serve(model: str, serving: Serving, options: EngineOptions, weights: Weights) -> None:
     """Serve a model until SIGTERM or SIGINT. Both let requests end for `shutdown` seconds; a second one does not."""
     start = time.perf_counter()
-    listener = listen(serving.host, serving.port)
-    checkpoint = latest_of(model)
-    here = Service(
-        AsyncEngine(build(model, serving, options, weights)), name_of(model, serving), serving, checkpoint or ""
-    )
+    name, listener, checkpoint = name_of(model, serving), listen(serving.host, serving.port), latest_of(model)
+    here = Service(AsyncEngine(build(model, serving, options, weights)), name, serving, checkpoint or "")
     watch = [follower(model, weights)] if checkpoint and serving.follow else []
     Server(here, watch, start).run(sockets=[listener])
 

@@ -66,7 +66,7 @@ class Service:
 
     async def prompts(self, given: str | list) -> list[list[int]]:
         """A text, several, the tokens of one, or of several: as lists of tokens."""
-        some = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        some = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
         return [await self.encode(p) if isinstance(p, str) else p for p in some]
 
     async def chat_ids(self, messages: list[Message], body: ChatRequest | None = None) -> list[int]:
