@@ -8,8 +8,8 @@ print(llm.chat([{"role": "user", "content": "What is a pagoda?"}]).text)
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait for others look so many times before they sleep (libgomp reads it when torch is imported). By default
-# it is 300,000 times: whoever shares the machine with another busy process then spends most of the time looking.
+# Threads that wait for others look so many times before they sleep (libgomp reads it when torch is imported). Left to
+# itself it is 300,000 times, and who shares the machine with another busy process spends most of the time looking.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

@@ -89,13 +89,13 @@ class Engine:
         block_bytes = sum(spec.page_bytes(size, self.kv_dtype) for some in specs for spec in some)
         most = o.max_num_seqs * -(-longest // size)
         limit = int(o.kv_memory * 2**30) or free_memory(model.device) // 3
-        blocks = Blocks(min(most, limit // block_bytes), size)
+        blocks = Blocks(min(most, limit // block_bytes - 1), size)  # one more is for rows of nobody
         self.context = min(longest, blocks.n * size) - model.n_virtual
         if self.context < min(longest, 64) - model.n_virtual:
             raise PagodaError(f"kv_memory is too small: a block of {size} tokens takes {block_bytes / 2**20:.1f} MiB")
         rope = model.rope
         by_length = rope is not None and rope.by_length
-        cache = Cache(specs[0], blocks.n, size, self.kv_dtype, model.device)
+        cache = Cache(specs[0], blocks.n + 1, size, self.kv_dtype, model.device)
         self.runner = Runner(model, cache)
         self.scheduler = Scheduler(
             blocks,
@@ -106,7 +106,7 @@ class Engine:
         )
         self.speculator = None
         if self.draft is not None:
-            shadow = Cache(specs[1], blocks.n, size, self.kv_dtype, model.device)
+            shadow = Cache(specs[1], blocks.n + 1, size, self.kv_dtype, model.device)
             self.speculator = DraftModel(Runner(self.draft, shadow))
         elif o.speculate == "ngram":
             self.speculator = PromptLookup()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor
 
@@ -14,24 +12,25 @@ from pagoda.models.gpt import GPT
 from pagoda.ops import cpu
 from pagoda.ops.cpu.record import Recording
 
-RECORDED = 16  # most sequences of a recorded step: with more the arithmetic dwarfs the Python
-RECORDINGS = 4  # kept: each holds the activations of its step
+RECORDED_BYTES = 2**28  # of all recordings: each keeps the activations of its step
 
 
 class Runner:
-    """Runs a model over a paged cache. A draft model has one of its own, with the same blocks."""
+    """Runs a model over a paged cache, whose last page belongs to nobody. A draft model has a cache of its own, with
+    the same blocks."""
 
     def __init__(self, model: GPT, cache: Cache):
         self.model, self.cache, self.size, self.device = model, cache, cache.page_size, model.device
         self.n_virtual = model.n_virtual
         self.by_length = model.rope is not None and model.rope.by_length
-        self.decoders: OrderedDict[int, Decoder] = OrderedDict()
+        self.decoders: dict[int, Decoder] = {}  # by their rows, the longest unused first
+        self.most_recorded = 256  # rows
 
     @torch.inference_mode()
     def run(self, works: list[Work], record: bool = True) -> Tensor:
         """Scores (M, vocab_size) of what follows: for each work in turn, behind each of its last `scored` tokens."""
         n = len(works)
-        if record and n <= RECORDED and all(w.n == 1 and w.scored == 1 and not w.drafts for w in works):
+        if record and n <= self.most_recorded and all(w.n == 1 and w.scored == 1 and not w.drafts for w in works):
             return self._decode([w.sequence for w in works])
         pieces = [w.tokens for w in works]
         batch = self.batch([w.sequence for w in works], [len(p) for p in pieces])
@@ -79,49 +78,75 @@ class Runner:
         return torch.tensor(rows, dtype=torch.int32, device=self.device)
 
     def _decode(self, sequences: list[Sequence]) -> Tensor:
-        decoder = self.decoders.get(len(sequences))
+        rows = recorded_rows(len(sequences))
+        decoder = self.decoders.pop(rows, None)
         if decoder is None or not decoder.fits(sequences):
-            decoder = self.decoders[len(sequences)] = Decoder(self, sequences)
-            while len(self.decoders) > RECORDINGS:
-                self.decoders.popitem(last=False)
-        self.decoders.move_to_end(len(sequences))
-        return decoder(sequences)
+            decoder = Decoder(self, rows, max(len(s.blocks) for s in sequences))
+        self.decoders[rows] = decoder
+        logits = decoder(sequences)
+        while sum(d.nbytes for d in self.decoders.values()) > RECORDED_BYTES:
+            first = next(iter(self.decoders))
+            if len(self.decoders) == 1:  # too large by itself: from now on by Python
+                self.most_recorded = first - 1
+            del self.decoders[first]
+        return logits
+
+
+def recorded_rows(n: int) -> int:
+    """The rows of the recording that a step of n sequences uses: not one recording for every number."""
+    step = 1 if n <= 4 else 2 if n <= 16 else 4 if n <= 64 else 16
+    return -(-n // step) * step
 
 
 class Decoder:
-    """One more token for each of S sequences. The tensors stay in place, so that the kernel calls can be recorded."""
+    """One more token for each of up to `rows` sequences. The tensors stay in place, so that the kernel calls can be
+    recorded. Rows that no sequence needs write to the page that belongs to nobody."""
 
-    def __init__(self, runner: Runner, sequences: list[Sequence]):
-        self.runner, self.model = runner, runner.model
-        self.batch = runner.batch(sequences, [1] * len(sequences))
-        width = max(4, 2 * self.batch.block_table.shape[1])  # room to grow
-        self.batch.block_table = self.batch.block_table.new_zeros(len(sequences), width)
-        self.blocks: list[list[int]] = [[]] * len(sequences)  # what the table holds
+    def __init__(self, runner: Runner, rows: int, n_blocks: int):
+        self.runner, self.model, self.rows = runner, runner.model, rows
+        self.nobody = runner.cache.n_pages - 1
+        device, width = runner.device, max(4, 2 * n_blocks)  # room to grow
+        self.batch = Batch.of(
+            [1] * rows,
+            device,
+            cache=runner.cache,
+            slots=torch.zeros(rows, dtype=torch.int64, device=device),
+            block_table=torch.full((rows, width), self.nobody, dtype=torch.int32, device=device),
+            scaling_lens=torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None,
+        )
+        self.blocks: list[list[int]] = [[] for _ in range(rows)]  # what the table holds
         self.inputs: list[Tensor] = []  # the residual stream's start, then the angles' cosines and sines
         self.recording: Recording | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.recording.nbytes if self.recording is not None else 0
 
     def fits(self, sequences: list[Sequence]) -> bool:
         return max(len(s.blocks) for s in sequences) <= self.batch.block_table.shape[1]
 
     def __call__(self, sequences: list[Sequence]) -> Tensor:
         """Scores (S, vocab_size) of what follows each sequence's last token."""
-        b, device = self.batch, self.runner.device
+        b, n, idle = self.batch, len(sequences), self.rows - len(sequences)
         past = [self.runner.n_virtual + s.cached for s in sequences]
-        b.positions.copy_(torch.tensor(past))
+        slots = self.runner.slots(sequences, [1] * n, past) + [self.nobody * self.runner.size] * idle
+        tokens = [s.tokens[-1] for s in sequences] + [0] * idle
+        b.positions.copy_(torch.tensor(past + [0] * idle))
         b.seq_lens.copy_(b.positions + 1)
         b.max_seq_len = max(past) + 1
-        b.slots.copy_(torch.tensor(self.runner.slots(sequences, [1] * len(sequences), past)))
+        b.slots.copy_(torch.tensor(slots))
         if b.scaling_lens is not None:
             b.scaling_lens.copy_(b.seq_lens)
-        for i, s in enumerate(sequences):
-            if s.blocks != self.blocks[i]:
-                self.blocks[i] = list(s.blocks)
-                b.block_table[i, : len(s.blocks)] = torch.tensor(s.blocks, dtype=torch.int32)
-        x = self.model.embed_tokens(torch.tensor([s.tokens[-1] for s in sequences], device=device), b)
+        for i in range(self.rows):
+            blocks = sequences[i].blocks if i < n else [self.nobody]
+            if blocks != self.blocks[i]:
+                self.blocks[i] = list(blocks)
+                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        x = self.model.embed_tokens(torch.tensor(tokens, device=self.runner.device), b)
         angles = self.model.angles(b)
         if cpu.kernels is None or not x.is_cpu:
-            return self.model.logits(self.model.transform(x, b, *angles))
-        return self.model.cap_logits(self._recorded(x, angles))
+            return self.model.logits(self.model.transform(x, b, *angles))[:n]
+        return self.model.cap_logits(self._recorded(x, angles)[:n])
 
     def _recorded(self, x: Tensor, angles: tuple) -> Tensor:
         """The head's scores from the start of the residual stream: by Python the first time, then by its recording."""

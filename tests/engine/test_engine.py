@@ -71,7 +71,7 @@ def engine_of(model, n_blocks: int = 200, draft=None, **options) -> Engine:
     engine = Engine(model, options=EngineOptions(kv_memory=1.0, **options), draft=draft)
     size = engine.scheduler.blocks.size
     page = sum(s.page_bytes(size, model.dtype) for m in (model, *([draft] if draft else [])) for s in m.cache_specs())
-    return Engine(model, options=EngineOptions(kv_memory=(n_blocks + 0.5) * page / 2**30, **options), draft=draft)
+    return Engine(model, options=EngineOptions(kv_memory=(n_blocks + 1.5) * page / 2**30, **options), draft=draft)
 
 
 def answers(engine, requests):

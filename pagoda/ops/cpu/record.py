@@ -38,6 +38,10 @@ class Recording:
                 self.output = function()
         finally:
             cpu.kernels = real
+        if not self.complete:
+            self.kept.clear()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.kept}
+        self.nbytes = sum(storage.nbytes() for storage in storages.values())  # of the memory that it keeps
 
     def __call__(self) -> Tensor:
         for kernel, args in self.calls:
