@@ -93,7 +93,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
@@ -107,11 +107,14 @@ class Sampling:
                 f"0 to {MOST_LOGPROBS}",
             ),
             ("beam_width", self.beam_width == 0 or self.n <= self.beam_width <= MOST_ANSWERS, f"n to {MOST_ANSWERS}"),
-            ("length_penalty", True, "a number"),
+            ("length_penalty", -10 <= self.length_penalty <= 10, "between -10 and 10"),
         ):
             value = getattr(self, name)
             if not ok or (isinstance(value, float) and not math.isfinite(value)):
                 raise PagodaError(f"{name} must be {what}, not {value}")
+        # Scores over less would be infinite, and less than any weight is none: both mean the likeliest token.
+        self.temperature = self.temperature if self.temperature >= 1e-4 else 0.0
+        self.top_p = max(self.top_p, 1e-6)
         if any(not s for s in self.stop):
             raise PagodaError("stop must not hold an empty text")
         if any(not math.isfinite(bias) for bias in self.logit_bias.values()):

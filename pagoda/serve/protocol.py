@@ -43,14 +43,14 @@ class Generation(BaseModel):
     # vLLM's extensions
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = Field(None, description="0 or -1: all tokens")
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     min_tokens: Count | None = None
     ignore_eos: StrictBool | None = None
     stop_token_ids: list[Token] | None = None
     best_of: Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)] | None = None
     use_beam_search: StrictBool | None = None
     beam_width: Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)] | None = None
-    length_penalty: Number | None = None
+    length_penalty: Annotated[Number, Field(ge=-10, le=10)] | None = None
     priority: Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)] | None = Field(None, description="lower goes first")
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

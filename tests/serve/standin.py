@@ -106,13 +106,13 @@ class Running:
 
     def __init__(self, url, here, server):
         self.url, self.here, self.server = url, here, server
-        self.http = httpx.Client(base_url=url, timeout=30)
+        self.http = httpx.Client(base_url=url, timeout=120)
         self.get, self.post = self.http.get, self.http.post
 
     def client(self, key="none", kind=None, **options):
         import openai
 
-        return (kind or openai.OpenAI)(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30, **options)
+        return (kind or openai.OpenAI)(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
 
 
 def wait_for(condition, seconds: float = 10.0):

@@ -63,7 +63,7 @@ def test_a_process_serves_until_sigterm(model_dir, tmp_path):
         wait_for(lambda: "http://" in log.read_text() or process.poll() is not None, 60)
         url = log.read_text().split(" on ")[1].split()[0]
         assert url.startswith("http://127.0.0.1:")
-        with httpx.Client(base_url=url, headers=KEY, timeout=30) as client:
+        with httpx.Client(base_url=url, headers=KEY, timeout=120) as client:
             assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
             body = {**ASK, "stream": True, "max_tokens": 400, "n": 20}
             with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -71,7 +71,7 @@ def test_a_process_serves_until_sigterm(model_dir, tmp_path):
                 next(lines)
                 process.send_signal(signal.SIGTERM)
                 assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert process.stdout.read() == b""
         assert "Traceback" not in log.read_text()
     finally:

@@ -106,6 +106,12 @@ def test_impossible_schemas_are_refused(tiny_server, schema):
     refused(tiny_server.post(CHAT, json=chat(response_format=wanted)), 400, "makes no sense")
 
 
+@pytest.mark.parametrize("more", [{"temperature": 5e-324}, {"temperature": 1e308}, {"top_p": 1e-300}, {"min_p": 1}])
+def test_extreme_numbers_sample_all_the_same(tiny_server, more):
+    answer = tiny_server.post(COMPLETIONS, json={"prompt": "abc", "max_tokens": 4, **more})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
