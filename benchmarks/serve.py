@@ -143,6 +143,7 @@ def draw(rows: list[dict], file: str) -> None:
         place.legend()
     for place in places:
         place.set_xlabel("requests/s")
+        place.set_xlim(left=0)
     figure.savefig(file, dpi=120)
 
 

@@ -26,6 +26,7 @@ from pagoda.serve.metrics import Metrics
 from pagoda.serve.tools import Reader
 
 Choice = dict[str, Any]
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Answer:
@@ -330,7 +331,7 @@ async def disconnected(http: Http) -> None:
 
 
 def event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode(content).encode() + b"\n\n"
 
 
 def failed(piece: Output) -> Response:

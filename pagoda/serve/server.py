@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 import time
@@ -31,11 +32,11 @@ from pagoda.serve.service import Service
 
 def serve(model: str, serving: Serving, options: EngineOptions, weights: Weights) -> None:
     """Serve a model until SIGTERM or SIGINT. Both let requests end for `shutdown` seconds; a second one does not."""
-    start = time.perf_counter()
     name, listener, checkpoint = name_of(model, serving), listen(serving.host, serving.port), latest_of(model)
     here = Service(AsyncEngine(build(model, serving, options, weights)), name, serving, checkpoint or "")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of every client that has gone
     watch = [follower(model, weights)] if checkpoint and serving.follow else []
-    Server(here, watch, start).run(sockets=[listener])
+    Server(here, watch).run(sockets=[listener])
 
 
 def build(model: str, serving: Serving, options: EngineOptions, weights: Weights) -> Engine:
@@ -74,17 +75,16 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, which first lets running requests finish."""
 
-    def __init__(self, here: Service, background: list, start: float):
+    def __init__(self, here: Service, background: list):
         app = create_app(here, background)
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
-        self.here, self.start, self.deadline = here, start, float("inf")
+        self.here, self.deadline = here, float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        seconds = time.perf_counter() - self.start
-        print(f"{self.here.name} on {address} (chat in a browser, or {address}/v1), {seconds:.1f} s", file=sys.stderr)
+        print(f"{self.here.name} on {address} (a page to chat on; OpenAI's API: {address}/v1)", file=sys.stderr)
         if not host.startswith("127.") and host != "::1" and not self.here.options.api_key:
             print("anybody who reaches this machine can use it: give --api_key", file=sys.stderr)
 

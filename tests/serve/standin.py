@@ -88,7 +88,7 @@ class Stream:
 def serving(engine, name: str = "tiny", background=(), **options):
     """The address of a server for an engine, while the block runs. `api_key` and so on are the server's options."""
     here = Service(engine, name, Serving(port=0, **options))
-    server = Server(here, list(background), time.perf_counter())
+    server = Server(here, list(background))
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
