@@ -203,6 +203,25 @@ def test_a_run_is_followed(make_engine, model_dir, tmp_path, capsys):
         assert running.here.checkpoint == "step-20"
 
 
+def test_a_run_over_an_adapter_is_followed(make_engine, model_dir, adapters, tmp_path):
+    for step, name in ((10, "pirate"), (20, "poet")):
+        shutil.copytree(adapters[name], tmp_path / f"checkpoints/step-{step}")
+        config = tmp_path / f"checkpoints/step-{step}/adapter_config.json"
+        told = json.loads(config.read_text())
+        config.write_text(json.dumps({**told, "base_model_name_or_path": str(model_dir)}))
+    (tmp_path / "latest").write_text("step-10")
+    watch = follower(str(tmp_path), Weights(device="cpu"))
+    with serving(make_engine(tmp_path), "run", [watch], follow=0.05) as running:
+        running.here.checkpoint = "step-10"
+        old = text(running)
+        (tmp_path / "latest").write_text("step-20")
+        wait_for(lambda: running.here.checkpoint == "step-20")
+        new = text(running)
+    with serving(make_engine(adapters=[f"{name}={path}" for name, path in adapters.items()])) as running:
+        assert (old, new) == (text(running, "pirate"), text(running, "poet"))
+        assert text(running) not in (old, new)
+
+
 def test_what_is_no_run_is_not_followed(model_dir):
     assert latest_of(str(model_dir)) is None
     assert latest_of("smollm2-135m-instruct") is None
