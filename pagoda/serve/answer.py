@@ -271,7 +271,7 @@ class Reply:
             place = i * self.n + piece.index
             answer = self.answers[place]
             last[place] = clock.saw(piece, last[place], answer.n_tokens == 0)
-            self.cached = max(self.cached, piece.cached_tokens)
+            self.cached += piece.cached_tokens
             yield answer.push(piece), piece
         clock.finished()
 
