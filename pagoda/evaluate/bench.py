@@ -51,9 +51,10 @@ def bench(
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
     greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
+    together = EngineOptions(max_num_seqs=batch, max_step_tokens=2048, prefix_caching=False)
     runs = []
     for _ in range(repeats + 1):
-        engine = Engine(model, options=EngineOptions(max_step_tokens=2048, prefix_caching=False), kv_dtype=kv_dtype)
+        engine = Engine(model, options=together, kv_dtype=kv_dtype)
         engine.run([Request(p, greedy) for p in prompts], lambda *_: None)
         runs.append(engine.timing)
     first = statistics.median(t.prefill_seconds for t in runs[1:])

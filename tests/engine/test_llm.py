@@ -81,3 +81,41 @@ def test_chat_ends_by_itself_and_knows_the_conversation(llm):
 def test_a_prompt_longer_than_the_context_is_refused(llm):
     with pytest.raises(PagodaError, match="context is 8192"):
         llm.generate([1] * 9000, max_new_tokens=1)
+
+
+def test_a_second_prompt_that_begins_alike_starts_faster_with_the_same_answer(llm):
+    text = TEXT * 12
+    fresh = llm.generate(text, temperature=0, max_new_tokens=8)
+    before = llm.engine.stats()["prefix_hit_tokens"]
+    assert llm.generate(text, temperature=0, max_new_tokens=8).token_ids == fresh.token_ids
+    assert llm.engine.stats()["prefix_hit_tokens"] - before >= 128
+    assert llm.timing.prefill_tokens < 100
+
+
+def test_several_answers_and_their_log_probabilities(llm):
+    done = llm.generate(TEXT, n=3, temperature=1.0, seed=5, max_new_tokens=6, logprobs=1)
+    answers = [done, *done.others]
+    assert len({tuple(a.token_ids) for a in answers}) == 3
+    assert [t.token for t in done.logprobs] == done.token_ids
+    ids = llm.encode(TEXT)
+    for a in answers:
+        scores = dict(enumerate(llm.score(ids + a.token_ids)[-6:]))
+        for i, told in enumerate(a.logprobs):
+            assert scores[i] == (told.token, pytest.approx(told.logprob, abs=1e-3))
+
+
+def test_guesses_change_nothing(llm):
+    from pagoda.engine.engine import Engine
+    from pagoda.engine.options import EngineOptions, Sampling
+    from pagoda.engine.request import Request
+
+    prompt = llm.chat_ids([{"role": "user", "content": f"Repeat this: {TEXT}"}])
+    expected = llm.generate(prompt, temperature=0, max_new_tokens=30)
+    engine = Engine(llm.model, llm.tokenizer, EngineOptions(speculate="ngram"), llm.kv_dtype)
+    tokens, steps = [], []
+    run = engine.runner.run
+    engine.runner.run = lambda works, **o: steps.append(len(works)) or run(works, **o)
+    o = Sampling(temperature=0, max_new_tokens=30)
+    engine.run([Request(prompt, o)], lambda _, piece: tokens.extend(piece.token_ids))
+    assert tokens == expected.token_ids
+    assert len(steps) < len(tokens)  # the answer repeats the question
