@@ -179,7 +179,7 @@ def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = Fa
         return _pack_nf4(weight)
     group = {"int8": 0, "int4": group_size}.get(format, BLOCK)
     symmetric = symmetric if format == "int4" else format == "q4_0"
-    parts = (_quantize(part, format, group, symmetric) for part in weight.split(CHUNK * TILE))
+    parts = (_tiles(format, *_quantize(part, format, group, symmetric)) for part in weight.split(CHUNK * TILE))
     return _assemble(format, weight.shape, group, parts, weight.dtype)
 
 
@@ -198,7 +198,7 @@ def pack_integers(
         raise PagodaError(
             f"{format} weights in {scales.shape[1]} groups of a row of {n_in}: groups are of 32, 64 or 128"
         )
-    return _assemble(format, quants.shape, group, [(quants, scales, minimums)], dtype)
+    return _assemble(format, quants.shape, group, [_tiles(format, quants, scales, minimums)], dtype)
 
 
 def pack_gguf(
@@ -223,12 +223,12 @@ def pack_gguf(
             part = slice(first, first + CHUNK * TILE)
             chunk = blocks[part if rows is None else rows[part]]
             scales = chunk[..., : 2 * n_scales].contiguous().view(torch.float16)
-            quants = chunk[..., 2 * n_scales :]
+            quants = _tile_words(chunk[..., 2 * n_scales :].flatten(1))
             if type == "q8_0":
-                quants = quants.contiguous().view(torch.int8)
-            else:
-                quants = torch.cat([quants & 15, quants >> 4], -1)
-            yield quants.flatten(1), scales[..., 0], scales[..., 1] if n_scales == 2 else None
+                quants = quants.view(torch.int8)
+            else:  # the halves of a block share bytes in the file as they do in a tile
+                quants = quants.unflatten(1, (-1, 4))
+            yield quants, *(_tile_scales(s, type) for s in scales.unbind(-1))
 
     return _assemble(type, shape, BLOCK, parts(), dtype)
 
@@ -263,17 +263,21 @@ def _quantize(weight: Tensor, format: str, group: int, symmetric: bool) -> tuple
 
 
 def _assemble(format: str, shape, group: int, parts: Iterable, dtype: torch.dtype) -> PackedWeight:
-    """Parts of quants, scales and minimums, rows outside and whole tiles each, as one PackedWeight."""
+    """Parts of quants, scales and minimums, in tiles, as one PackedWeight."""
     n_tiles, first, tensors = -(-shape[0] // TILE), 0, {}
-    for quants, *scales in parts:
-        tiles = {"quants": _tile_quants(quants, format)}
-        tiles |= {name: _tile_scales(x, format) for name, x in zip(("scales", "minimums"), scales) if x is not None}
-        for name, x in tiles.items():
+    for part in parts:
+        for name, x in zip(("quants", "scales", "minimums"), part):
+            if x is None:
+                continue
             if name not in tensors:
                 tensors[name] = x.new_empty((n_tiles, *x.shape[1:]))
             tensors[name][first : first + len(x)] = x
-        first += len(tiles["quants"])
+        first += len(part[0])
     return PackedWeight(format, shape, group, dtype, **tensors)
+
+
+def _tiles(format: str, quants: Tensor, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _tile_quants(quants, format), *(None if s is None else _tile_scales(s, format) for s in scales)
 
 
 def _tile_quants(quants: Tensor, format: str) -> Tensor:
@@ -281,13 +285,20 @@ def _tile_quants(quants: Tensor, format: str) -> Tensor:
     unit = _UNIT.get(format, BLOCK)
     elements = {"float32": 1, "bf16": 2, "nf4": 8}.get(format, 4)
     quants = nn.functional.pad(quants, (0, -quants.shape[1] % unit, 0, -len(quants) % TILE))
+    if format in ("float32", "bf16", "int8", "q8_0"):
+        return _tile_words(quants)
     tiles = quants.view(-1, TILE, quants.shape[1] // elements, elements).transpose(1, 2)
     if format == "nf4":
         return tiles[..., 0::2] | tiles[..., 1::2] << 4
-    if format in ("int4", "q4_0", "q4_1"):  # of a block of 32, the first 16 in the low nibbles and the others above
-        halves = tiles.unflatten(1, (-1, 2, 4))
-        return halves[:, :, 0] | halves[:, :, 1] << 4
-    return tiles.contiguous()
+    halves = tiles.unflatten(1, (-1, 2, 4))  # of a block of 32, the first 16 in the low nibbles and the others above
+    return halves[:, :, 0] | halves[:, :, 1] << 4
+
+
+def _tile_words(rows: Tensor) -> Tensor:
+    """Rows of whole 32-bit words as tiles (n / 16, words, 16, elements of a word): words are moved as they are."""
+    rows = nn.functional.pad(rows, (0, 0, 0, -len(rows) % TILE)).contiguous()
+    words = rows.view(torch.int32).view(-1, TILE, rows.shape[1] * rows.itemsize // 4).transpose(1, 2).contiguous()
+    return words.view(rows.dtype).unflatten(-1, (TILE, -1))
 
 
 def _tile_scales(scales: Tensor, format: str) -> Tensor:
