@@ -425,7 +425,7 @@ def serve(model: str, serving: Serving, engine: EngineOptions, weights: Weights)
         weights: how the model is loaded.
     """
     serving.api_key = serving.api_key or os.environ.get("PAGODA_API_KEY", "")
-    from pagoda.serve.server import serve as start
+    from pagoda.serve.start import serve as start
 
     start(model, serving, engine, weights)
 

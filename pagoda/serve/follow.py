@@ -11,14 +11,7 @@ from pagoda.common import PagodaError
 from pagoda.engine.llm import load_model
 from pagoda.engine.options import Weights
 from pagoda.serve.service import Service
-
-
-def latest_of(run: str) -> str | None:
-    """The name of a run's newest checkpoint; None for what is no run."""
-    try:
-        return (Path(run) / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+from pagoda.serve.start import latest_of
 
 
 def follower(run: str, weights: Weights) -> Callable[[Service], Awaitable[None]]:

@@ -10,7 +10,7 @@ from pagoda.data.vocabulary import byte_tokenizer
 from pagoda.engine.async_engine import AsyncEngine
 from pagoda.engine.options import EngineOptions, Weights
 from pagoda.serve.options import Serving
-from pagoda.serve.server import build
+from pagoda.serve.start import build
 
 
 @pytest.fixture(scope="session")

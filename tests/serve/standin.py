@@ -12,8 +12,9 @@ from pagoda.data.vocabulary import byte_tokenizer
 from pagoda.engine.async_engine import QueueFull
 from pagoda.engine.request import Output
 from pagoda.serve.options import Serving
-from pagoda.serve.server import Server, listen
+from pagoda.serve.server import Server
 from pagoda.serve.service import Service
+from pagoda.serve.start import listen
 
 # ChatML with tools in Hermes's words, as Qwen2.5 has them
 TEMPLATE = """\
