@@ -1,4 +1,4 @@
-"""From scores to tokens: penalties, bias, guides, temperature, top-k, top-p, min-p, and the draw.
+"""From scores to tokens: penalties, bias, guides, and then the draw (ops/sample.py).
 
 A `Chooser` holds what one sequence remembers: counts, its guide, its own random numbers, one for each token. `choose`
 treats all rows of a step together, and yet no row's result depends on the others.
@@ -12,16 +12,13 @@ from collections.abc import Callable
 from copy import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pagoda.common import PagodaError
 from pagoda.engine.guided import Guide
 from pagoda.engine.options import Sampling
 from pagoda.engine.request import TokenLogprob
-
-CANDIDATES = 256  # of a nucleus, sorted before all others are
-SPAN = 128  # scores that are looked at together first, where one of many is sought
+from pagoda.ops.sample import sample
 
 
 class Chooser:
@@ -54,14 +51,14 @@ class Chooser:
             self.bias = torch.tensor(tokens), torch.tensor(values, dtype=torch.float32)
 
     @property
-    def plain(self) -> bool:
-        """Whether it takes the largest score as it is."""
-        return self.options.temperature == 0 and not self.adjusts
-
-    @property
     def adjusts(self) -> bool:
         early = len(self.ends) > 0 and self.n < self.options.min_new_tokens
         return early or any(x is not None for x in (self.seen, self.counts, self.bias, self.guide))
+
+    def draw(self) -> tuple[float, ...]:
+        """How it draws, and what chance says this time: a row of what `ops.sample` takes."""
+        o = self.options
+        return o.temperature, o.top_k, o.top_p, o.min_p, self.random.random() if o.temperature else 0.0
 
     def adjust(self, scores: Tensor) -> None:
         """Change the scores (vocab_size,) in place: repetition penalty over prompt and answer (Keskar et al. 2019),
@@ -99,21 +96,14 @@ class Chooser:
 
 def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
     """The next token of each row (R, vocab_size)."""
-    tokens = [0] * len(choosers)
-    if any(c.plain for c in choosers):
-        best = largest(logits).tolist()
-        tokens = [best[i] if c.plain else 0 for i, c in enumerate(choosers)]
-    rest = [i for i, c in enumerate(choosers) if not c.plain]
-    if rest:
-        scores = logits if len(rest) == len(logits) else logits[torch.tensor(rest, device=logits.device)]
-        scores = scores.float().cpu()
-        if any(choosers[i].adjusts for i in rest):
-            scores = scores.clone() if scores.data_ptr() == logits.data_ptr() else scores
-            for row, i in zip(scores, rest):
-                if choosers[i].adjusts:
-                    attempt(choosers[i], choosers[i].adjust, row)
-        for i, token in zip(rest, _draw(scores, [choosers[i] for i in rest])):
-            tokens[i] = token
+    scores = logits
+    if any(c.adjusts for c in choosers):
+        scores = logits.float().cpu()
+        scores = scores.clone() if scores.data_ptr() == logits.data_ptr() else scores
+        for row, c in zip(scores, choosers):
+            if c.adjusts:
+                attempt(c, c.adjust, row)
+    tokens = sample(scores, torch.tensor([c.draw() for c in choosers])).tolist()
     for chooser, token in zip(choosers, tokens):
         attempt(chooser, chooser.accept, token)
     return tokens
@@ -136,68 +126,3 @@ def log_probabilities(logits: Tensor, tokens: list[int], tops: list[int]) -> lis
         values, places = (t.tolist() for t in scores.topk(most))
         best = [list(zip(p[:n], v[:n])) for p, v, n in zip(places, values, tops)]
     return [TokenLogprob(token, value, top) for token, value, top in zip(tokens, own, best)]
-
-
-def _draw(scores: Tensor, choosers: list[Chooser]) -> list[int]:
-    """A token of each row (R, vocab_size) at random, or the largest where the temperature is 0."""
-    tokens, size = [0] * len(choosers), scores.shape[1]
-    kinds: dict[int, list[int]] = {}  # how many candidates are sorted (0: none): the rows of a kind go together
-    for i, c in enumerate(choosers):
-        o = c.options
-        if o.temperature == 0:
-            tokens[i] = int(largest(scores[i : i + 1]))
-        else:
-            kinds.setdefault(min(o.top_k or (CANDIDATES if o.top_p < 1 else 0), size), []).append(i)
-    chance = torch.tensor([c.random.random() for c in choosers])
-    while kinds:
-        top, rows = kinds.popitem()
-        some = [choosers[i].options for i in rows]
-        temperature, top_p, min_p = torch.tensor([(o.temperature, o.top_p, o.min_p) for o in some]).T[..., None]
-        x = scores if len(rows) == len(choosers) else scores[torch.tensor(rows)]
-        probs, index, whole = (x / temperature).softmax(-1), None, 1.0
-        if top:
-            probs, index = probs.topk(top)  # from the most likely down
-            mass = probs.sum(-1, keepdim=True)
-            whole = torch.where(torch.tensor([[o.top_k > 0] for o in some]), mass, 1.0)  # of which top_p is a share
-            if top < size:  # is the nucleus among the candidates?
-                wide = [j for j, short in enumerate((mass < top_p * whole)[:, 0].tolist()) if short]
-                kinds.setdefault(size, []).extend(rows[j] for j in wide)
-                rows = [-1 if j in wide else i for j, i in enumerate(rows)]
-                if not kinds[size]:
-                    del kinds[size]
-            # Nucleus (Holtzman et al. 2020): drop what lies behind the first top_p of probability.
-            probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p * whole, 0.0)
-        if bool((min_p > 0).any()):
-            probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-        places = reach(probs, chance[torch.tensor(rows)][:, None])
-        chosen = (places if index is None else index.gather(1, places))[:, 0].tolist()
-        for i, token in zip(rows, chosen):
-            if i >= 0:
-                tokens[i] = token
-    return tokens
-
-
-def spans(x: Tensor, fill: float) -> Tensor:
-    """(R, n) as (R, n / SPAN, SPAN), filled up at the end."""
-    missing = -x.shape[1] % SPAN
-    return (F.pad(x, (0, missing), value=fill) if missing else x).unflatten(1, (-1, SPAN))
-
-
-def largest(scores: Tensor) -> Tensor:
-    """`scores.argmax(-1)` of (R, n), five times as fast: first the span, then the place in it."""
-    parts = spans(scores, float("-inf"))
-    span = parts.amax(-1).argmax(-1)
-    return span * SPAN + parts[torch.arange(len(parts), device=span.device), span].argmax(-1)
-
-
-def reach(weights: Tensor, share: Tensor) -> Tensor:
-    """(R, 1): the first place where the weights (R, n) so far exceed this share (R, 1), below 1, of all."""
-    parts = spans(weights, 0.0)
-    sums = parts.sum(-1).cumsum(-1)
-    last = sums[:, -1:]
-    target = torch.minimum(share * last, torch.nextafter(last, torch.zeros((), dtype=last.dtype)))
-    span = torch.searchsorted(sums, target, right=True)
-    target = target - torch.where(span > 0, sums.gather(1, (span - 1).clamp_min(0)), 0.0)
-    within = parts.gather(1, span[..., None].expand(-1, -1, SPAN))[:, 0].cumsum(-1)
-    target = torch.minimum(target, torch.nextafter(within[:, -1:], torch.zeros((), dtype=last.dtype)))
-    return span * SPAN + torch.searchsorted(within, target, right=True)

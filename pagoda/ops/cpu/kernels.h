@@ -52,6 +52,9 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
 void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n, int64_t dtype, int64_t ignore,
                    double softcap, double z_loss);
 
+// sample.cpp
+void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_t stride, int64_t dtype);
+
 #define KERNELS(X) \
   X(linear) \
   X(linear_many) \
@@ -68,4 +71,5 @@ void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n,
   X(rotary_store) \
   X(attention) \
   X(attention_backward) \
-  X(cross_entropy)
+  X(cross_entropy) \
+  X(sample)
