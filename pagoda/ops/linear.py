@@ -73,23 +73,28 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
 
 def linear_transposed(y: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """`y @ weight`: y (..., n_out), weight (n_out, n_in); the way back through `linear`. No gradients."""
+    dtype, grad = product_dtype(y), y.reshape(-1, y.shape[-1])
     if not isinstance(weight, PackedWeight):
-        dtype = product_dtype(y)
-        return product(_cast(y, dtype, "y"), _cast(weight, dtype, "weight"), y.dtype)
-    total = 0.0
-    for rows, part in _chunks(weight, product_dtype(y)):
-        total = total + (y[..., rows].to(part.dtype) @ part).float()
-    return total.to(y.dtype)
+        return product(_cast(grad, dtype, "y"), _cast(weight, dtype, "weight"), y.dtype).view(*y.shape[:-1], -1)
+    total, shape = 0.0, (*y.shape[:-1], weight.shape[1])
+    for rows, part in _chunks(weight, dtype):
+        g = _cast(grad[:, rows], dtype, "y")
+        if len(part) == weight.shape[0]:
+            return product(g, part, y.dtype).view(shape)
+        total = total + (g @ part).float()
+    return total.to(y.dtype).view(shape)
 
 
 def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """`weight.chunks()` in a dtype, by the kernel where there is one."""
+    """`weight.chunks()` in a dtype, by the kernel where there is one: then whole where that is small enough, and good
+    until the next."""
     address, n_out, n_in = weight.kernel_view()
     if not address or cpu.kernels is None or dtype not in _FLOATS:
         yield from ((rows, part.to(dtype)) for rows, part in weight.chunks())
         return
-    for first in range(0, n_out, 1024):
-        part = torch.empty(min(1024, n_out - first), n_in, dtype=dtype)
+    size = n_out if n_out * n_in <= SCRATCH else 1024
+    for first in range(0, n_out, size):
+        part = _scratch("weight", torch.Size((min(size, n_out - first), n_in)), dtype)
         cpu.kernels.dequantize(part.data_ptr(), address, first, len(part), _FLOATS[dtype])
         yield slice(first, first + len(part)), part
 
