@@ -82,8 +82,10 @@ def fits(model: GPT, run: Run, start: Start, dress: Callable[[GPT], None] | None
     """Say what the run will need, and refuse what cannot work. False when that was all that was asked for."""
     options = run.options
     return_freed_memory()
-    if options.seq_len > model.config.block_size:
-        raise PagodaError(f"train.seq_len {options.seq_len} exceeds the model's context of {model.config.block_size}")
+    if options.seq_len + model.n_virtual > model.config.block_size:
+        virtual = f" with {model.n_virtual} virtual tokens before it" if model.n_virtual else ""
+        context = model.config.block_size
+        raise PagodaError(f"train.seq_len {options.seq_len}{virtual} exceeds the model's context of {context}")
     report = check_memory(model, start.optimizer, options, run.workers, dress)
     if run.workers.main:
         print(report.table(), file=sys.stderr)

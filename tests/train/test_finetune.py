@@ -104,6 +104,7 @@ def test_bad_input_is_one_line(base, rows, tmp_path, capsys):
     assert "there are q_proj" in refused("--lora.targets", "query")
     assert "no such file" in refused(rows=tmp_path / "none.json").lower()
     assert "did you mean 'alpaca'" in refused("--template", "alpaka")
+    assert "virtual tokens before it exceeds" in refused("--prefix.n_virtual", "9000", method="prefix")
     assert "bias" in refused(method="bitfit")
     assert "several processes" in refused(sharding="zero3")
     assert not (tmp_path / "run").exists()
