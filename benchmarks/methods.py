@@ -5,7 +5,8 @@ usage: python benchmarks/methods.py [--out runs/methods] [--only REGEX]
 The default model learns to turn notes into records as in the demo, but in 40 steps of 256 tokens, about half of what
 that trains: once with every method, at a rate that suits it, in a process of its own. What was measured is kept in
 OUT/results.json and not measured again, so that the table can grow over several calls. Trainable parameters are those
-that the optimizer has a state of; memory is the process's peak, as the system counts it; speed is the median step's.
+that the optimizer has a state of; memory is the process's peak, as the system counts it; speed is the ninth decile of
+the steps', so that what else runs on the machine now and then does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import re
 import shutil
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +91,9 @@ def try_out(way: Way, run: Path) -> dict[str, float]:
     """Train, count, ask."""
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
-    rate, peak = measure(["finetune", MODEL, "--config", RECIPES / "demo.yaml", *STEPS, *way.options.split()], run)
+    _, peak = measure(["finetune", MODEL, "--config", RECIPES / "demo.yaml", *STEPS, *way.options.split()], run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rate = statistics.quantiles([r["tokens_per_second"] for r in records if "loss" in r], n=10)[-1]
     state = next((run / "checkpoints").glob("step-*/trainer"))
     entries = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
     trained = sum(entry.size.numel() for key, entry in entries.items() if key.endswith("|exp_avg"))
