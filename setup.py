@@ -20,7 +20,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
 VARIANTS = {"_portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS |= {"_avx2": AVX2, "_avx512": AVX512, "_avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    BF16 = [*AVX512, "-mavx512bf16"]
+    VARIANTS |= {"_avx2": AVX2, "_avx512": AVX512, "_avx512_bf16": BF16}
+    VARIANTS |= {"_amx": [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]}
 
 # No -ffast-math and no contraction: a row must give the same bits in every unrolled copy of a loop.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]

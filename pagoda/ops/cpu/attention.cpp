@@ -360,6 +360,9 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
   float *q = scratch.data(), *k = q + all_rows * depth, *v = k + TILE * depth, *x = v + TILE / Cell::PER_CELL * padded;
   float *pairs = x + all_rows * TILE, *o = pairs + all_rows * TILE / 2, *largest = o + all_rows * padded;
   float *sums = largest + all_rows, *shrinks = sums + all_rows;
+#if MATRIX_UNIT
+  const MatrixUnit unit(UNIT_ROWS, 16);
+#endif
   std::fill(q, q + all_rows * depth, 0.0f);
   std::fill(pairs, largest, 0.0f);
   std::fill(largest, sums, -INF);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "amx.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -132,12 +133,6 @@ INLINE vf shrink(vf before, vf now) {
   return exp(sub(max(before, lowest), max(now, lowest)));
 }
 
-// Runs f(R) for the compile-time constant R = rows, at most MOST.
-template <int MOST, class F> INLINE void with_count(int64_t rows, F f) {
-  if (rows == MOST) f(std::integral_constant<int, MOST>());
-  else if constexpr (MOST > 1) with_count<MOST - 1>(rows, f);
-}
-
 // Matrix products on 32-bit cells: a cell holds one float32, or a pair of bf16 that lie along the summed dimension.
 struct Float32 {
   static constexpr int64_t PER_CELL = 1;
@@ -170,6 +165,16 @@ void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int
 template <class Cell, bool TRANSPOSED = false>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t columns, int64_t depth,
              float* c, int64_t ldc, bool accumulate) {
+#if MATRIX_UNIT
+  if constexpr (Cell::PER_CELL == 2) {  // rows, columns and depth are multiples of 32, 32 and 16
+    for (int64_t n = 0; n < columns; n += 32)
+      for (int64_t m = 0; m < rows; m += 32)
+        multiply_bf16<2, 2>(
+            a + m * lda, lda * 4, depth / 16, [&](int64_t i, int t) { return b + i * 16 * ldb + n + t * 16; }, ldb * 4,
+            [&](int i, int t) { return c + (m + i * 16) * ldc + n + t * 16; }, ldc * 4, accumulate);
+    return;
+  }
+#endif
   for (int64_t n = 0; n < columns; n += NV * W)  // b's column block stays in the L1 cache
     with_count<NV>(std::min<int64_t>(NV, (columns - n) / W), [&](auto N) {
       for (int64_t m = 0; m < rows; m += MR)

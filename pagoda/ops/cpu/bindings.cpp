@@ -7,7 +7,22 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
+
+// Whether Linux lets this process use the matrix unit: it asks to be asked, since a thread's state grows by 8 KB.
+static bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  const long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
 
 // torch.set_num_threads reaches a thread only when that thread first asks PyTorch (or OpenMP on its behalf). Ask once.
 static void follow_torch_threads() {
@@ -35,7 +50,9 @@ static py::list supported_variants() {
   bool avx512 = avx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") && HAS("avx512vnni");
   if (avx2) names.append("avx2");
   if (avx512) names.append("avx512");
-  if (avx512 && HAS("avx512bf16")) names.append("avx512_bf16");
+  bool bf16 = avx512 && HAS("avx512bf16");
+  if (bf16) names.append("avx512_bf16");
+  if (bf16 && HAS("amx-bf16") && HAS("amx-int8") && may_use_tiles()) names.append("amx");
 #undef HAS
 #endif
   return names;
@@ -53,3 +70,4 @@ PYBIND11_MODULE(_portable, m, py::mod_gil_not_used()) { define(m); }
 PYBIND11_MODULE(_avx2, m, py::mod_gil_not_used()) { define(m); }
 PYBIND11_MODULE(_avx512, m, py::mod_gil_not_used()) { define(m); }
 PYBIND11_MODULE(_avx512_bf16, m, py::mod_gil_not_used()) { define(m); }
+PYBIND11_MODULE(_amx, m, py::mod_gil_not_used()) { define(m); }

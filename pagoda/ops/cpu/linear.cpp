@@ -8,16 +8,19 @@
 // are exact integers inside a block, blocks add up in float32. With Weight::fine the eighth of a row's blocks with the
 // largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 where the CPU has AVX512_BF16: activations are
 // rounded to bf16 and multiplied in pairs. All else, and Weight::exact: float32 activations times the dequantized
-// weight, k by k.
+// weight, k by k. With a matrix unit (amx.h) BF16 goes through it, and NF4 rounded to bf16; BITS4 and BITS8 do where
+// rows are many, with the same integers and so the same bits.
 //
 // Bounds. One row: the packed bytes at memory speed (4 bits with scale and minimum: 20 bytes per 32 weights). Many
-// rows: the multipliers; a block of 32 k x 16 outputs takes 8 VNNI instructions a row and 2 to 4 more to scale the sum.
+// rows: the multipliers; a block of 32 k x 16 outputs takes 8 VNNI instructions a row and 2 to 4 more to scale the sum;
+// with a matrix unit the latter alone.
 #include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "kernels.h"
 #include "linear_simd.h"
 #include "parallel.h"
@@ -74,9 +77,17 @@ struct Int8Rows {    // of every block of 32:
   float* sums;       // scale * sum of the int8: multiplies the minimum
   int32_t* offset4;  // -8 * sum, what a zero point of 8 adds
   int32_t* offset8;  // -SIGNED_BIAS * sum
-  Int8Rows at(int64_t block) const {
-    return {quads + block * 8, scales + block, sums + block, offset4 + block, offset8 + block};
+  int64_t next_word, next_row, next_block;  // from a word of quads to the next, and from row to row; among the others
+
+  // n_blocks of R rows that begin at a block of the arrays: word by word, the rows side by side.
+  Int8Rows group(int64_t block, int64_t R) const {
+    return {quads + block * 8, scales + block, sums + block, offset4 + block, offset8 + block, R, 1, R};
   }
+  // Rows from `row` on of arrays for all rows: the quads of a row side by side.
+  Int8Rows from(int64_t row) const {
+    return {quads + row * next_row, scales + row, sums + row, offset4 + row, offset8 + row, next_word, next_row, next_block};
+  }
+  int32_t* word(int64_t r, int64_t b, int64_t j) const { return quads + (b * 8 + j) * next_word + r * next_row; }
 };
 
 struct Residual {  // what the rounding of a block left, rounded in turn; the fields are those of Int8Rows
@@ -91,7 +102,7 @@ struct Activations {
   Int8Rows int8;
   Residual* residuals;  // (rows, count_residuals)
   float* f32;
-  bf16* pairs;
+  bf16* halves;  // in pairs, or row by row for the matrix unit
 };
 
 constexpr int N_VECTORS = 32 / W;  // of a block
@@ -119,13 +130,13 @@ INLINE float quantize_block(const vf* v, float inverse, int8_t* quants) {
   return reduce_add(total);
 }
 
-// The residuals of row r of a group of R rows, x, which has been rounded to `row`; in the order of its blocks.
+// The residuals of row r, x, which has been rounded to `row`; in the order of its blocks.
 template <class T>
-void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& row, int r, int R, Residual* out) {
+void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& row, int64_t r, Residual* out) {
   const int64_t n = count_residuals(n_blocks);
   thread_local std::vector<float> left;  // the scales that have not been chosen; NaN never is
   left.resize(n_blocks);
-  for (int64_t b = 0; b < n_blocks; b++) left[b] = row.scales[b * R + r];
+  for (int64_t b = 0; b < n_blocks; b++) left[b] = row.scales[b * row.next_block + r];
   for (int64_t i = 0; i < n; i++) {
     int64_t largest = 0;
     float top = -1;
@@ -137,10 +148,10 @@ void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& 
   std::sort(out, out + n, [](const Residual& a, const Residual& b) { return a.block < b.block; });
   for (Residual* e = out; e < out + n; e++) {
     const int64_t b = e->block;
-    float scale = row.scales[b * R + r];
+    float scale = row.scales[b * row.next_block + r];
     if (!(scale > 1e-32f)) scale = 0;
     int8_t quants[32];
-    for (int q = 0; q < 8; q++) memcpy(quants + 4 * q, &row.quads[(b * 8 + q) * R + r], 4);
+    for (int j = 0; j < 8; j++) memcpy(quants + 4 * j, row.word(r, b, j), 4);
     vf v[N_VECTORS];
     load_block(x, b, n_in, v);
     UNROLL for (int i = 0; i < N_VECTORS; i++)  // what is left is at most scale / 2
@@ -152,12 +163,9 @@ void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& 
 }
 
 // A block with a value that is not finite becomes NaN; one whose values are all below 1e-30 becomes 0.
-void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows out, Residual* residuals) {
-  const int R = rows.count(group);
-  const int64_t first = rows.first(group);
-  out = out.at(first * n_blocks);
+void quantize_rows(const Rows& rows, int64_t first, int64_t n, int64_t n_blocks, const Int8Rows& out, Residual* residuals) {
   with_float_type(rows.dtype, [&](auto type) {
-    for (int r = 0; r < R; r++) {
+    for (int64_t r = 0; r < n; r++) {
       auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
       for (int64_t b = 0; b < n_blocks; b++) {
         vf v[N_VECTORS], top = zero();
@@ -167,14 +175,15 @@ void quantize_rows(const Rows& rows, int64_t group, int64_t n_blocks, Int8Rows o
         int8_t quants[32];
         float sum = quantize_block(v, absmax > 1e-30f ? 127 / absmax : 0, quants);
         const bool finite = sum == sum;
-        for (int j = 0; j < 8; j++) memcpy(&out.quads[(b * 8 + j) * R + r], quants + 4 * j, 4);
-        out.scales[b * R + r] = finite ? absmax / 127 : NAN;
-        out.sums[b * R + r] = out.scales[b * R + r] * sum;
-        out.offset4[b * R + r] = finite ? -8 * int32_t(sum) : 0;
-        out.offset8[b * R + r] = finite ? -SIGNED_BIAS * int32_t(sum) : 0;
+        for (int j = 0; j < 8; j++) memcpy(out.word(r, b, j), quants + 4 * j, 4);
+        const int64_t at = b * out.next_block + r;
+        out.scales[at] = finite ? absmax / 127 : NAN;
+        out.sums[at] = out.scales[at] * sum;
+        out.offset4[at] = finite ? -8 * int32_t(sum) : 0;
+        out.offset8[at] = finite ? -SIGNED_BIAS * int32_t(sum) : 0;
       }
       if (residuals)
-        find_residuals(x, rows.n_in, n_blocks, out, r, R, residuals + (first + r) * count_residuals(n_blocks));
+        find_residuals(x, rows.n_in, n_blocks, out, r, residuals + (first + r) * count_residuals(n_blocks));
     }
   });
 }
@@ -190,6 +199,17 @@ template <class T> void spread_rows(const Rows& rows, int64_t group, int64_t n, 
       T* y = out + r * PAIR;
       for (int64_t k = 0; k < rows.n_in; k++) from_float(to_float(x[k]), y + k / PAIR * PAIR * R + k % PAIR);
       for (int64_t k = rows.n_in; k < n; k++) from_float(0.0f, y + k / PAIR * PAIR * R + k % PAIR);
+    }
+  });
+}
+
+// Rows first .. first + count - 1 as bf16, (row, n), zeros behind the end.
+void copy_rows(const Rows& rows, int64_t first, int64_t count, int64_t n, bf16* out) {
+  with_float_type(rows.dtype, [&](auto type) {
+    for (int64_t r = first; r < first + count; r++) {
+      auto x = (const decltype(type)*)rows.x + r * rows.stride;
+      for_each_vector(rows.n_in, [&](int64_t i, auto load, auto store) { store(out + r * n + i, load(x + i)); });
+      memset(out + r * n + rows.n_in, 0, (n - rows.n_in) * sizeof(bf16));
     }
   });
 }
@@ -309,7 +329,7 @@ struct Bf16View : Multiply {  // (K / 2, 16, 2) bf16
   }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !MATRIX_UNIT
 struct PairView {  // the same bytes, multiplied pair by pair
   using E = bf16;
   using X = uint32_t;
@@ -440,23 +460,29 @@ void unpack_tile(const Weight& w, int64_t tile, float* panel, float* scratch) {
 struct Task {
   Rows rows;
   Activations x;
-  int64_t row_length;  // of x.f32 and x.pairs
+  int64_t row_length;  // of x.f32 and x.halves
 };
 
-enum Form { INT8_ROWS, FLOAT32_ROWS, PAIR_ROWS };
+// What a weight wants the activations as; in *_LINES row by row, for the matrix unit.
+enum Form { INT8_ROWS, FLOAT32_ROWS, PAIR_ROWS, INT8_LINES, BF16_LINES, N_FORMS };
 
-Form form_of(const Weight& w) {  // what a weight wants the activations as
+Form form_of(const Weight& w, int64_t rows) {
+  const bool integers = w.kind == BITS4 || w.kind == BITS8;
   if (w.exact) return FLOAT32_ROWS;
-  if (w.kind == BITS4 || w.kind == BITS8) return INT8_ROWS;
-#if defined(__AVX512BF16__)
+#if MATRIX_UNIT
+  if (integers && rows >= (w.kind == BITS4 ? 64 : 32)) return INT8_LINES;  // so many that unpacking pays
+  if (w.kind == BF16_PAIRS || w.kind == NF4) return BF16_LINES;
+#elif defined(__AVX512BF16__)
   if (w.kind == BF16_PAIRS) return PAIR_ROWS;
 #endif
-  return FLOAT32_ROWS;
+  return integers ? INT8_ROWS : FLOAT32_ROWS;
 }
 
-// What a thread does: tiles begin..end for the row groups first..last.
+// What a thread does: tiles begin..end for a band of the rows, one of `bands`.
 struct Share {
-  int64_t begin, end, first, last;
+  int64_t begin, end, band, bands;
+  int64_t first(int64_t n_groups) const { return n_groups * band / bands; }  // of its groups of rows
+  int64_t last(int64_t n_groups) const { return n_groups * (band + 1) / bands; }
 };
 
 // sums (R, 16): one tile of the rows from `row` on, plus bias and what is to be added, into y.
@@ -484,11 +510,11 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[MAX_ROWS * TILE];
   for (int64_t from = share.begin; from < share.end; from += chunk)
-    for (int64_t group = share.first; group < share.last; group++) {
+    for (int64_t group = share.first(task.rows.n_groups); group < share.last(task.rows.n_groups); group++) {
       int R = task.rows.count(group);
       int64_t row = task.rows.first(group);
       IntegerTile multiply = integer_kernel(w, R);
-      Int8Rows x = task.x.int8.at(row * n_blocks);
+      Int8Rows x = task.x.int8.group(row * n_blocks, R);
       for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
         multiply(w, tile, x, sums);
         if (w.fine)
@@ -511,7 +537,7 @@ void float_share(const Product& p, const Task& task, const Share& share, int64_t
     int64_t to = std::min(share.end, from + chunk);
     views.clear();
     for (int64_t tile = from; tile < to; tile++) views.push_back(make_view(tile, tile - from));
-    for (int64_t group = share.first; group < share.last; group++) {
+    for (int64_t group = share.first(task.rows.n_groups); group < share.last(task.rows.n_groups); group++) {
       int R = task.rows.count(group);
       int64_t row = task.rows.first(group);
       for (int64_t tile = from; tile < to;) {
@@ -530,6 +556,121 @@ float* room(std::vector<float>& memory, int64_t n) {
   return (float*)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
 }
 
+#if MATRIX_UNIT
+// BF16_PAIRS and NF4: 32 rows and two tiles at a time, sums in four registers of the unit. A tile's pieces of 32 k lie one
+// behind the other; those of NF4 are made for a chunk of tiles that stays in the cache.
+void matrix_share(const Product& p, const Task& task, const Share& share) {
+  const Weight& w = *p.weight;
+  const int64_t steps = w.units(32), K = task.row_length, n_groups = (task.rows.n + 31) / 32;
+  const int64_t whole = w.kind == NF4 ? steps : w.n_in / 32;  // steps that lie in memory as the unit wants them
+  const int64_t chunk = n_groups == 1 ? 2 : std::max<int64_t>(CACHE / (steps * 1024) / 2, 1) * 2;
+  thread_local std::vector<float> memory;
+  char* made = (char*)room(memory, chunk * K * TILE / 2 + K / 4);
+  float* scales = (float*)made + chunk * K * TILE / 2;
+  const MatrixUnit unit(int(std::min<int64_t>(UNIT_ROWS, task.rows.n)), 16);
+  alignas(64) float sums[2 * 32 * TILE];
+  for (int64_t from = share.begin; from < share.end; from += chunk) {
+    const int64_t to = std::min(share.end, from + chunk);
+    const char* tiles = (const char*)w.quants + from * w.units(2) * TILE * 4;
+    int64_t tile_bytes = w.units(2) * TILE * 4;
+    for (int64_t tile = from; tile < to; tile++) {
+      if (w.kind == NF4) {
+        char* pairs = made + (tile - from) * steps * 1024;
+        nf4_scales(w, tile, scales);
+        const Nf4View view{{}, w.quants + tile * K * TILE / 2, scales};
+        for (int64_t step = 0; step < K / 8; step++) {
+          vf v[8];
+          view.load(step, 0, v);
+          UNROLL for (int i = 0; i < 4; i++) store_pairs(pairs + (step * 4 + i) * 64, v[2 * i], v[2 * i + 1]);
+        }
+      } else if (whole < steps) {  // the last piece, with zeros behind it
+        char* piece = made + (tile - from) * 1024;
+        const int64_t rest = tile_bytes - whole * 1024;
+        memcpy(piece, tiles + (tile - from) * tile_bytes + whole * 1024, rest);
+        memset(piece + rest, 0, 1024 - rest);
+      }
+    }
+    if (w.kind == NF4) tiles = made, tile_bytes = steps * 1024;
+    for (int64_t group = share.first(n_groups); group < share.last(n_groups); group++) {
+      const int64_t row = group * 32, R = std::min<int64_t>(32, task.rows.n - row);
+      for (int64_t tile = from; tile < to; tile += 2) {
+        auto piece = [&](int64_t step, int n) {
+          return step < whole ? tiles + (tile - from + n) * tile_bytes + step * 1024 : made + (tile - from + n) * 1024;
+        };
+        auto sum = [&](int m, int n) { return sums + (n * 2 + m) * UNIT_ROWS * TILE; };
+        auto run = [&](auto M, auto N) {
+          multiply_bf16<M, N>(task.x.halves + row * K, K * 2, steps, piece, 64, sum, 64, false);
+          for (int n = 0; n < N; n++) write(p, task.rows, row, int(R), tile + n, sums + n * 32 * TILE);
+        };
+        with_count<2>(R > UNIT_ROWS ? 2 : 1, [&](auto M) { with_count<2>(std::min<int64_t>(2, to - tile), [&](auto N) { run(M, N); }); });
+      }
+    }
+  }
+}
+
+// sums (16, 16) of one tile and the rows x, as integer_tile: the same integers, and the same order of float32.
+template <Scales SCALES>
+void integer_unit(const Weight& w, int64_t tile, const int8_t* quants, const Int8Rows& x, float* sums) {
+  const int64_t n_blocks = w.units(32), n_groups = w.groups();
+  const f16* scale = (const f16*)w.scales + tile * n_groups * TILE;
+  const f16* minimum = w.minimums + tile * n_groups * TILE;
+  alignas(64) int32_t dots[2][UNIT_ROWS * TILE];
+  vf acc[UNIT_ROWS];
+  UNROLL for (int r = 0; r < UNIT_ROWS; r++) acc[r] = zero();
+  int64_t left = w.group;
+  for (int64_t b = 0; b < n_blocks; b++) {
+    if (b % 2 == 0)
+      multiply_int8_blocks((const int8_t*)x.word(0, b, 0), x.next_row * 4, quants + b * 512, b + 1 < n_blocks, dots[0]);
+    const int32_t* dot = dots[b % 2];
+    const float *scales = x.scales + b * x.next_block, *x_sums = x.sums + b * x.next_block;
+    if (SCALES == PER_ROW) {
+      UNROLL for (int r = 0; r < UNIT_ROWS; r++) acc[r] = fma(from_int(load_bits(dot + r * TILE)), set1(scales[r]), acc[r]);
+      continue;
+    }
+    const vf s = load(scale), m = SCALES == WITH_MINIMUM ? load(minimum) : zero();
+    UNROLL for (int r = 0; r < UNIT_ROWS; r++) {
+      acc[r] = fma(from_int(load_bits(dot + r * TILE)), mul(s, set1(scales[r])), acc[r]);
+      if (SCALES == WITH_MINIMUM) acc[r] = fma(m, set1(x_sums[r]), acc[r]);
+    }
+    if (--left == 0) scale += TILE, minimum += TILE, left = w.group;
+  }
+  UNROLL for (int r = 0; r < UNIT_ROWS; r++) {
+    if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE));
+    store(sums + r * TILE, acc[r]);
+  }
+}
+
+// BITS4 and BITS8: quants of 4 bits are unpacked for a chunk of tiles, which stays in the cache.
+void integer_matrix_share(const Product& p, const Task& task, const Share& share) {
+  const Weight& w = *p.weight;
+  const int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 512));
+  const int64_t n_residuals = count_residuals(n_blocks), n_groups = (task.rows.n + UNIT_ROWS - 1) / UNIT_ROWS;
+  const auto multiply = w.minimums ? integer_unit<WITH_MINIMUM> : w.group ? integer_unit<PER_GROUP> : integer_unit<PER_ROW>;
+  const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
+  thread_local std::vector<float> memory;
+  auto made = (int8_t*)room(memory, w.kind == BITS4 ? chunk * n_blocks * 128 : 0);
+  const MatrixUnit unit(UNIT_ROWS, 8);
+  alignas(64) float sums[UNIT_ROWS * TILE];
+  for (int64_t from = share.begin; from < share.end; from += chunk) {
+    const int64_t to = std::min(share.end, from + chunk);
+    const int8_t* quants = w.kind == BITS4 ? made : (const int8_t*)w.quants + from * n_blocks * 512;
+    if (w.kind == BITS4)
+      for (int64_t b = 0; b < (to - from) * n_blocks; b++)
+        unpack_nibbles(w.quants + (from * n_blocks + b) * 256, int(w.zero_point), made + b * 512);
+    for (int64_t group = share.first(n_groups); group < share.last(n_groups); group++) {
+      const int64_t row = group * UNIT_ROWS, R = std::min<int64_t>(UNIT_ROWS, task.rows.n - row);
+      for (int64_t tile = from; tile < to; tile++) {
+        multiply(w, tile, quants + (tile - from) * n_blocks * 512, task.x.int8.from(row), sums);
+        if (w.fine)
+          for (int r = 0; r < R; r++)
+            refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);
+        write(p, task.rows, row, int(R), tile, sums);
+      }
+    }
+  }
+}
+#endif
+
 template <class View, class F>
 void view_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
                 int64_t steps, F make_view) {
@@ -545,11 +686,15 @@ void run_share(const Product& p, const Task& task, const Share& share) {
   const int64_t chunk = std::max<int64_t>(CACHE / (K * TILE * 4) / width, 1) * width;
   const bool few = task.rows.n_groups == 1;  // each tile is used once: not worth writing it down dequantized
   thread_local std::vector<float> memory;
-  if (form_of(w) == INT8_ROWS) return integer_share(p, task, share);
-#if defined(__AVX512BF16__)
-  if (form_of(w) == PAIR_ROWS) {
+  const Form form = form_of(w, task.rows.n);
+  if (form == INT8_ROWS) return integer_share(p, task, share);
+#if MATRIX_UNIT
+  if (form == BF16_LINES) return matrix_share(p, task, share);
+  if (form == INT8_LINES) return integer_matrix_share(p, task, share);
+#elif defined(__AVX512BF16__)
+  if (form == PAIR_ROWS) {
     auto view = [&](int64_t tile, int64_t) { return PairView{w.quants + tile * w.units(2) * TILE * 4}; };
-    return view_share<PairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.pairs, w.units(2), view);
+    return view_share<PairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.halves, w.units(2), view);
   }
 #endif
   if (w.kind == FLOAT32) {
@@ -576,17 +721,20 @@ void run_share(const Product& p, const Task& task, const Share& share) {
   }
 }
 
-// Room for the activations in the forms wanted: one block of memory, kept by the calling thread.
+// Room for the activations in the forms wanted: one block of memory, kept by the calling thread. For the matrix unit the
+// rows are rounded up to its own number; what stands in those behind the last goes nowhere.
 Activations allocate(int64_t rows, int64_t n_blocks, int64_t row_length, const bool* wanted, bool fine) {
   thread_local std::vector<float> memory;
   thread_local std::vector<Residual> residuals;
   if (fine && int64_t(residuals.size()) < rows * count_residuals(n_blocks))
     residuals.resize(rows * count_residuals(n_blocks));
-  int64_t blocks = wanted[INT8_ROWS] ? rows * n_blocks : 0, floats = wanted[FLOAT32_ROWS] ? rows * row_length : 0;
-  int64_t pairs = wanted[PAIR_ROWS] ? rows * row_length / 2 : 0, size = blocks * 12 + floats + pairs;
-  float* p = room(memory, size);
+  rows = (rows + 31) / 32 * 32;
+  int64_t blocks = wanted[INT8_ROWS] || wanted[INT8_LINES] ? rows * n_blocks : 0;
+  int64_t floats = wanted[FLOAT32_ROWS] ? rows * row_length : 0;
+  int64_t halves = wanted[PAIR_ROWS] || wanted[BF16_LINES] ? rows * row_length / 2 : 0;
+  float* p = room(memory, blocks * 12 + floats + halves);
   auto words = (int32_t*)p;
-  return {{words, p + blocks * 8, p + blocks * 9, words + blocks * 10, words + blocks * 11},
+  return {{words, p + blocks * 8, p + blocks * 9, words + blocks * 10, words + blocks * 11, 1, n_blocks * 8, rows},
           fine ? residuals.data() : nullptr,
           p + blocks * 12,
           (bf16*)(p + blocks * 12 + floats)};
@@ -596,19 +744,22 @@ void multiply(const Product* products, int64_t n_products, const Rows& rows) {
   if (rows.n == 0) return;
   const Weight& w = *products[0].weight;  // all have the same n_in
   Task task{rows, {}, w.units(64) * 64};
-  bool wanted[3] = {}, fine = false;
+  bool wanted[N_FORMS] = {}, fine = false;
   int64_t tiles = 0;
   for (int64_t i = 0; i < n_products; i++) {
-    wanted[form_of(*products[i].weight)] = true;
+    wanted[form_of(*products[i].weight, rows.n)] = true;
     fine |= products[i].weight->fine != 0;
     tiles += products[i].weight->tiles();
   }
   task.x = allocate(rows.n, w.units(32), task.row_length, wanted, fine);
   auto prepare = [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; group++) {
-      if (wanted[INT8_ROWS]) quantize_rows(rows, group, w.units(32), task.x.int8, task.x.residuals);
+      const int64_t first = rows.first(group), n = rows.count(group), n_blocks = w.units(32);
+      if (wanted[INT8_ROWS]) quantize_rows(rows, first, n, n_blocks, task.x.int8.group(first * n_blocks, n), task.x.residuals);
+      if (wanted[INT8_LINES]) quantize_rows(rows, first, n, n_blocks, task.x.int8.from(first), task.x.residuals);
       if (wanted[FLOAT32_ROWS]) spread_rows(rows, group, task.row_length, task.x.f32);
-      if (wanted[PAIR_ROWS]) spread_rows(rows, group, task.row_length, task.x.pairs);
+      if (wanted[PAIR_ROWS]) spread_rows(rows, group, task.row_length, task.x.halves);
+      if (wanted[BF16_LINES]) copy_rows(rows, first, n, task.row_length, task.x.halves);
     }
   };
   parallel_for(rows.n_groups, 16384 / (MAX_ROWS * task.row_length) + 1, prepare);
@@ -623,7 +774,7 @@ void multiply(const Product* products, int64_t n_products, const Rows& rows) {
       for (int64_t i = 0; i < n_products; i++) {
         int64_t n = products[i].weight->tiles(), from = std::max<int64_t>(tile, 0), to = std::min(stop, n);
         if (from < to)
-          run_share(products[i], task, {from, to, rows.n_groups * band / bands, rows.n_groups * (band + 1) / bands});
+          run_share(products[i], task, {from, to, band, bands});
         tile -= n, stop -= n;
       }
     }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -320,6 +321,12 @@ template <class F> INLINE void for_each_vector(int64_t n, F f) {
     f(i, [](auto* p) { return load(p); }, [](auto* p, vf a) { store(p, a); });
   if (int left = int(n - i))
     f(i, [left](auto* p) { return load_part(p, left); }, [left](auto* p, vf a) { store_part(p, a, left); });
+}
+
+// Runs f(R) for the compile-time constant R = rows, at most MOST.
+template <int MOST, class F> INLINE void with_count(int64_t rows, F f) {
+  if (rows == MOST) f(std::integral_constant<int, MOST>());
+  else if constexpr (MOST > 1) with_count<MOST - 1>(rows, f);
 }
 
 // 2W consecutive elements as two vectors, in whatever fixed order is cheapest for T: `place` tells which.
