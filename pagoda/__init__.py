@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 # Threads that wait for others look so many times before they sleep (libgomp reads it when torch is imported). Left to
 # itself it is 300,000 times, and who shares the machine with another busy process spends most of the time looking.
-if "OMP_WAIT_POLICY" not in os.environ:
+# PyTorch's own operations wait for each other a hundred times more often than the kernels, and pay for it.
+if "OMP_WAIT_POLICY" not in os.environ and os.environ.get("PAGODA_KERNELS") != "reference":
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"

@@ -106,6 +106,10 @@ def _attend(
         y = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=group > 1)
         return y[0].transpose(0, 1).to(dtype)
 
+    if n_q == 1 and not softcap and alibi is None:  # the heads of a group as queries of one head: keys are read once
+        grouped = (q.view(1, n_kv_head, group, -1), k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        return F.scaled_dot_product_attention(*grouped, scale=scale).reshape(1, n_head, -1).to(dtype)
+
     # Scores by one batched product over key heads: the queries of a group read their keys once.
     grouped = q.view(n_q, n_kv_head, group, -1).permute(1, 2, 0, 3).reshape(n_kv_head, group * n_q, -1)
     scores = (grouped @ k.permute(1, 2, 0)).float() * scale  # (n_kv_head, group * n_q, n_k)

@@ -128,12 +128,16 @@ def _scratch(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Linear.apply(x, weight, bias)
-    if weight.dtype == x.dtype and not cpu.emulates(x):
-        return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias)
+    if weight.dtype == x.dtype and not cpu.emulates(x):
+        if x.is_cpu and x.shape[:-1].numel() == 1:  # takes a third less time than the product of a matrix of one row
+            row = x.reshape(-1)
+            y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+            return y.view(*x.shape[:-1], -1)
+        return F.linear(x, weight, bias)
     few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves
     dtype = x.dtype if few else product_dtype(x)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)

@@ -22,11 +22,11 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]  # float32, and so is every product with them
-    a, b = x[..., :half], x[..., half : 2 * half]
-    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+    half, n = cos.shape[-1], 2 * cos.shape[-1]
+    cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # float32, and so are products
+    a = x[..., :n].float()
+    rotated = torch.addcmul(a * cos, a.roll(half, -1), sin).to(x.dtype)
+    return rotated if n == x.shape[-1] else torch.cat((rotated, x[..., n:]), dim=-1)
 
 
 def store_kv(

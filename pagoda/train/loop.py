@@ -131,7 +131,10 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
         (loss * job.workers.size).backward()  # the processes' gradients are averaged
     if job.workers.size > 1 and not hasattr(model, "reshard"):
         job.workers.average_gradients(model)
-    norm = math.sqrt(sum(job.released)) if o.release_gradients else gradient_norm(model, o.clip)
+    if o.release_gradients:
+        norm = math.sqrt(sum(job.released))
+    else:
+        norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None], o.clip)
     (loss,) = job.workers.sum(float(total))
     check_finite(job, loss, norm)
     if o.release_gradients:
@@ -160,7 +163,7 @@ def release_gradients(job: Job) -> None:
     (Lv et al. 2023, "Full Parameter Fine-tuning with Limited Resources"): one gradient is in memory at a time."""
 
     def step_alone(p: torch.Tensor) -> None:
-        job.released.append(float(p.grad.float().square().sum()))
+        job.released.append(gradient_norm([p.grad], 0) ** 2)
         job.optimizer.step()  # parameters without a gradient are left alone
         p.grad = None
 
@@ -205,12 +208,13 @@ def last_step(o: Train) -> int:
     return min(o.max_steps, -(-o.max_tokens // (o.global_batch_size * o.seq_len)))
 
 
-def gradient_norm(model: GPT, clip: float) -> float:
+def gradient_norm(gradients: list[torch.Tensor], clip: float) -> float:
     """The 2-norm of all gradients together, which are scaled down to `clip` where they exceed it (0: any norm)."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         raise PagodaError("nothing is trained: no parameter takes a gradient")
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]  # bf16 would round them
+    # In float32, which PyTorch converts to first: a piece at a time, so that the copy stays in the cache.
+    pieces = [x for g in gradients for x in ([g] if hasattr(g, "full_tensor") else g.view(-1).split(2**18))]
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in pieces]
     norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]))
     if clip and norm > clip:
         for g in gradients:

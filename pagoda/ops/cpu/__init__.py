@@ -1,9 +1,9 @@
 """Chooses the CPU kernels that this machine runs best, once, at import.
 
 The sources beside this file are compiled once per instruction set into `_portable`, `_avx2`, `_avx512`,
-`_avx512_bf16` and `_amx`. `kernels` is the module chosen, or None when none was built or `PAGODA_KERNELS=reference`; the
-operations in `pagoda/ops` look at it and run their PyTorch reference where it is None. `PAGODA_KERNELS` may also name
-a variant (`portable`, `avx2`, `avx512`, `avx512_bf16`, `amx`) or `auto`.
+`_avx512_bf16` and `_amx`. `kernels` is the module chosen, or None when none was built or `PAGODA_KERNELS=reference`;
+the operations in `pagoda/ops` look at it and run their PyTorch reference where it is None. `PAGODA_KERNELS` may also
+name a variant (`portable`, `avx2`, `avx512`, `avx512_bf16`, `amx`) or `auto`.
 
 Calling convention: pointers and strides are plain integers (0 is "no tensor"), strides count elements, dtypes are the
 codes in `DTYPE`. Nothing is checked on the C++ side, so the caller checks dtypes, strides and devices (`usable`).
