@@ -8,7 +8,7 @@
 //   each key and value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row;
 //   these are combined in the order of the chunks.
 // prefill (more queries). Bound: multiplications, 4 x head_size per query head and visible key. A thread takes
-//   (sequence, key head, tile of queries) items and goes through tiles of TILE keys: the keys are packed transposed, the
+//   (sequence, key head, tile of queries) items and goes through tiles of KEYS keys: the keys are packed transposed, the
 //   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
 //   and cache are bf16 and the CPU multiplies bf16, in pairs of bf16 with float32 sums (the weights are then rounded to
 //   bf16, as PyTorch's own flash attention does). Tiles that no query of the item sees are skipped.
@@ -24,7 +24,7 @@
 
 namespace {
 
-constexpr int64_t DECODE_QUERIES = 8, CHUNK = 128, TILE = 64;
+constexpr int64_t DECODE_QUERIES = 8, CHUNK = 128;
 constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
 constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
@@ -300,54 +300,6 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
 
 // --------------------------------------------------------------------------------------------------------- prefill
 
-// The keys or values of a tile as vectors: row(t, d) gives W cells of key t from cell d on, zeros past the ends.
-template <class Cell, class T> struct TileRows {
-  const Heads<T>& heads;
-  const int64_t* at;
-  int64_t begin, end;  // keys begin .. end - 1 of the tile exist
-
-  INLINE vi row(int64_t t, int64_t d) const {
-    const int64_t left = heads.head_size - d * Cell::PER_CELL;
-    if (t < begin || t >= end || left <= 0) return set1_bits(0);
-    const T* p = heads.row(at[t - begin]) + d * Cell::PER_CELL;
-    if constexpr (Cell::PER_CELL == 2) {
-      if (left >= 2 * W) return load_bits(p);
-      T tail[2 * W] = {};
-      memcpy(tail, p, left * sizeof(T));
-      return load_bits(tail);
-    } else {
-      vf a = left >= W ? load(p) : load_part(p, int(left));
-      return (vi)(heads.scale ? mul(a, set1(heads.scale_of(at[t - begin]))) : a);
-    }
-  }
-};
-
-// Keys, transposed: to (padded / PER_CELL, TILE) cells.
-template <class Cell, class T> void pack_keys(const TileRows<Cell, T>& keys, int64_t padded, float* to) {
-  for (int64_t d = 0; d < padded / Cell::PER_CELL; d += W)
-    for (int64_t j = 0; j < TILE; j += W) {
-      vi block[W];
-      for (int t = 0; t < W; t++) block[t] = keys.row(j + t, d);
-      transpose(block);
-      for (int i = 0; i < W; i++) store_bits(to + (d + i) * TILE + j, block[i]);
-    }
-}
-
-// Values: to (TILE / PER_CELL, padded) cells; a pair of bf16 takes them from two consecutive keys.
-template <class Cell, class T> void pack_values(const TileRows<Cell, T>& values, int64_t padded, float* to) {
-  if constexpr (Cell::PER_CELL == 2)
-    for (int64_t j = 0; j < TILE; j += 2)
-      for (int64_t d = 0; d < padded; d += 2 * W) {
-        uint16_t even[2 * W], odd[2 * W];
-        store_bits(even, values.row(j, d / 2));
-        store_bits(odd, values.row(j + 1, d / 2));
-        for (int i = 0; i < 2; i++) interleave(even + i * W, odd + i * W, to + j / 2 * padded + d + i * W);
-      }
-  else
-    for (int64_t j = 0; j < TILE; j++)
-      for (int64_t d = 0; d < padded; d += W) store_bits(to + j * padded + d, values.row(j, d));
-}
-
 struct PrefillItem { int64_t sequence, head, first, n; };  // queries first .. first + n - 1
 
 template <class Cell, class T> void prefill_tile(const Problem& p, const PrefillItem& item) {
@@ -355,10 +307,10 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
   const int64_t group = p.group(), padded = p.padded(), rows = item.n * group, depth = padded / Cell::PER_CELL;
   const int64_t all_rows = (rows + MR * W - 1) / (MR * W) * (MR * W);  // those behind the last are never read
   static thread_local std::vector<float> scratch;
-  const size_t size = all_rows * (depth + 2 * TILE + padded + 3) + TILE * 2 * padded;
+  const size_t size = all_rows * (depth + 2 * KEYS + padded + 3) + KEYS * 2 * padded;
   if (scratch.size() < size) scratch.resize(size);
-  float *q = scratch.data(), *k = q + all_rows * depth, *v = k + TILE * depth, *x = v + TILE / Cell::PER_CELL * padded;
-  float *pairs = x + all_rows * TILE, *o = pairs + all_rows * TILE / 2, *largest = o + all_rows * padded;
+  float *q = scratch.data(), *k = q + all_rows * depth, *v = k + KEYS * depth, *x = v + KEYS / Cell::PER_CELL * padded;
+  float *pairs = x + all_rows * KEYS, *o = pairs + all_rows * KEYS / 2, *largest = o + all_rows * padded;
   float *sums = largest + all_rows, *shrinks = sums + all_rows;
 #if MATRIX_UNIT
   const MatrixUnit unit(UNIT_ROWS, 16);
@@ -375,29 +327,29 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
 
   const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, item.head), values(p.v, p.v_stride, p.v_scale, p, item.head);
   const int64_t low = s.low(item.first), high = s.high(item.first + item.n - 1);
-  for (int64_t start = low / TILE * TILE; start < high; start += TILE) {
-    const int64_t begin = std::max(low, start), end = std::min(high, start + TILE);
-    int64_t at[TILE];
+  for (int64_t start = low / KEYS * KEYS; start < high; start += KEYS) {
+    const int64_t begin = std::max(low, start), end = std::min(high, start + KEYS);
+    int64_t at[KEYS];
     s.locate(begin, end, at);
     pack_keys(TileRows<Cell, T>{keys, at, begin - start, end - start}, padded, k);
     pack_values(TileRows<Cell, T>{values, at, begin - start, end - start}, padded, v);
 
-    product<Cell>(q, depth, k, TILE, all_rows, TILE, depth, x, TILE, false);
+    product<Cell>(q, depth, k, KEYS, all_rows, KEYS, depth, x, KEYS, false);
     for (int64_t r = 0; r < rows; r++) {
       shrinks[r] = largest[r];
-      largest[r] = score(s, x + r * TILE, TILE, start, item.first + r / group, item.head * group + r % group, largest[r]);
+      largest[r] = score(s, x + r * KEYS, KEYS, start, item.first + r / group, item.head * group + r % group, largest[r]);
     }
     for (int64_t r = 0; r < all_rows; r += W) store(shrinks + r, shrink(load(shrinks + r), load(largest + r)));
     for (int64_t r = 0; r < rows; r++) {
-      sums[r] = sums[r] * shrinks[r] + weigh(x + r * TILE, TILE, largest[r]);
+      sums[r] = sums[r] * shrinks[r] + weigh(x + r * KEYS, KEYS, largest[r]);
       if (shrinks[r] != 1) {
         const vf factor = set1(shrinks[r]);
         for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), factor));
       }
       if (Cell::PER_CELL == 2)
-        for (int64_t j = 0; j < TILE; j += W) store((bf16*)(pairs + r * TILE / 2) + j, load(x + r * TILE + j));
+        for (int64_t j = 0; j < KEYS; j += W) store((bf16*)(pairs + r * KEYS / 2) + j, load(x + r * KEYS + j));
     }
-    product<Cell>(Cell::PER_CELL == 2 ? pairs : x, TILE / Cell::PER_CELL, v, padded, all_rows, padded, TILE / Cell::PER_CELL,
+    product<Cell>(Cell::PER_CELL == 2 ? pairs : x, KEYS / Cell::PER_CELL, v, padded, all_rows, padded, KEYS / Cell::PER_CELL,
                   o, padded, true);
   }
   for (int64_t r = 0; r < rows; r++) {

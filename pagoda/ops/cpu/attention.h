@@ -1,4 +1,5 @@
-// What attention.cpp and attention_backward.cpp share: who attends to what, scores, and small matrix products.
+// What attention.cpp and attention_backward.cpp share: who attends to what, scores, small matrix products, and the form
+// in which those want their second operand.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -180,6 +181,56 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
       for (int64_t m = 0; m < rows; m += MR)
         product_block<Cell, N, TRANSPOSED>(a + m * (TRANSPOSED ? 1 : lda), lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
     });
+}
+
+constexpr int64_t KEYS = 64;  // rows of a tile that is packed
+
+// The keys or values of a tile as vectors: row(t, d) gives W cells of key t from cell d on, zeros past the ends.
+template <class Cell, class T> struct TileRows {
+  const Heads<T>& heads;
+  const int64_t* at;
+  int64_t begin, end;  // keys begin .. end - 1 of the tile exist
+
+  INLINE vi row(int64_t t, int64_t d) const {
+    const int64_t left = heads.head_size - d * Cell::PER_CELL;
+    if (t < begin || t >= end || left <= 0) return set1_bits(0);
+    const T* p = heads.row(at[t - begin]) + d * Cell::PER_CELL;
+    if constexpr (Cell::PER_CELL == 2) {
+      if (left >= 2 * W) return load_bits(p);
+      T tail[2 * W] = {};
+      memcpy(tail, p, left * sizeof(T));
+      return load_bits(tail);
+    } else {
+      vf a = left >= W ? load(p) : load_part(p, int(left));
+      return (vi)(heads.scale ? mul(a, set1(heads.scale_of(at[t - begin]))) : a);
+    }
+  }
+};
+
+// Keys, transposed: to (padded / PER_CELL, KEYS) cells.
+template <class Cell, class T> void pack_keys(const TileRows<Cell, T>& keys, int64_t padded, float* to) {
+  for (int64_t d = 0; d < padded / Cell::PER_CELL; d += W)
+    for (int64_t j = 0; j < KEYS; j += W) {
+      vi block[W];
+      for (int t = 0; t < W; t++) block[t] = keys.row(j + t, d);
+      transpose(block);
+      for (int i = 0; i < W; i++) store_bits(to + (d + i) * KEYS + j, block[i]);
+    }
+}
+
+// Values: to (KEYS / PER_CELL, padded) cells; a pair of bf16 takes them from two consecutive keys.
+template <class Cell, class T> void pack_values(const TileRows<Cell, T>& values, int64_t padded, float* to) {
+  if constexpr (Cell::PER_CELL == 2)
+    for (int64_t j = 0; j < KEYS; j += 2)
+      for (int64_t d = 0; d < padded; d += 2 * W) {
+        uint16_t even[2 * W], odd[2 * W];
+        store_bits(even, values.row(j, d / 2));
+        store_bits(odd, values.row(j + 1, d / 2));
+        for (int i = 0; i < 2; i++) interleave(even + i * W, odd + i * W, to + j / 2 * padded + d + i * W);
+      }
+  else
+    for (int64_t j = 0; j < KEYS; j++)
+      for (int64_t d = 0; d < padded; d += W) store_bits(to + j * padded + d, values.row(j, d));
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // Bound: multiplications, 10 x head_size per query head and visible key. A thread takes (sequence, query head) items. For
 // each tile of keys it goes through the tiles of queries that see them, computes their weights again from the
-// log-sum-exp that the forward pass left, and adds up, all in float32:
+// log-sum-exp that the forward pass left, and adds up, all in float32 (where there is no matrix unit):
 //   weights P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P (dP - rows of dO . O), dK += dS^T Q, dQ += dS K.
 // The heads of a group leave their dk and dv in scratch, which is summed in their order: the bits do not depend on the
 // number of threads.
@@ -30,6 +30,39 @@ void transpose_rows(const float* from, int64_t rows, int64_t columns, float* to)
     }
 }
 
+// S and dP of queries i .. i + rows - 1 and the keys of a tile, (tile, tile), become P and dS; rows behind become 0.
+void weights_and_slopes(const Sequence& s, int64_t head, int64_t i, int64_t rows, int64_t start, int64_t tile, const float* delta,
+                        float* x, float* dx) {
+  const Problem& p = s.p;
+  const vf scale = set1(p.scale), inverse_cap = set1(p.softcap ? 1 / p.softcap : 0), one = set1(1);
+  for (int64_t r = 0; r < rows; r++) {
+    float *weight = x + r * tile, *grad = dx + r * tile;
+    score(s, weight, tile, start, i + r, head, -INF);
+    const vf lse = set1(p.lse[(s.first + i + r) * p.n_head + head]), mean = set1(delta[i + r]);
+    for (int64_t j = 0; j < tile; j += W) {
+      const vf a = load(weight + j), w = exp(sub(a, lse));
+      vf g = mul(mul(w, sub(load(grad + j), mean)), scale);
+      if (p.softcap) {  // hidden keys have -infinity for a score: their slope is that of the cap's lower end, 0
+        const vf t = mul(max(a, set1(-p.softcap)), inverse_cap);
+        g = mul(g, fnma(t, t, one));
+      }
+      store(weight + j, w);
+      store(grad + j, g);
+    }
+  }
+  std::fill(x + rows * tile, x + tile * tile, 0.0f);
+  std::fill(dx + rows * tile, dx + tile * tile, 0.0f);
+}
+
+// Where a tile of keys leaves its gradients: dk and dv (n, padded).
+void leave(const Problem& p, const Gradients& to, int64_t head, int64_t first, int64_t n, const float* dk, const float* dv) {
+  for (int64_t t = 0; t < n; t++) {
+    const int64_t row = ((first + t) * p.n_head + head) * p.head_size;
+    memcpy(to.dk + row, dk + t * p.padded(), p.head_size * sizeof(float));
+    memcpy(to.dv + row, dv + t * p.padded(), p.head_size * sizeof(float));
+  }
+}
+
 void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int64_t head) {
   const Sequence s(p, sequence);
   const int64_t d = p.head_size, padded = p.padded(), all = (s.n_q + TILE - 1) / TILE * TILE, kv_head = head / p.group();
@@ -48,7 +81,6 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
     for (int64_t i = 0; i < padded; i += W) dot = fma(load(k + i), load(go + r * padded + i), dot);
     delta[r] = reduce_add(dot);
   }
-  const vf scale = set1(p.scale), inverse_cap = set1(p.softcap ? 1 / p.softcap : 0), one = set1(1);
   for (int64_t start = 0; start < s.n_k; start += TILE) {
     const int64_t n = std::min(TILE, s.n_k - start);
     std::fill(k, kt, 0.0f);
@@ -64,36 +96,89 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
       if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
       product<Float32>(q + i * padded, padded, kt, TILE, TILE, TILE, padded, x, TILE, false);
       product<Float32>(go + i * padded, padded, vt, TILE, TILE, TILE, padded, dx, TILE, false);
-      for (int64_t r = 0; r < rows; r++) {
-        float *weight = x + r * TILE, *grad = dx + r * TILE;
-        score(s, weight, TILE, start, i + r, head, -INF);
-        const vf lse = set1(p.lse[(s.first + i + r) * p.n_head + head]), mean = set1(delta[i + r]);
-        for (int64_t j = 0; j < TILE; j += W) {
-          const vf a = load(weight + j), w = exp(sub(a, lse));
-          vf g = mul(mul(w, sub(load(grad + j), mean)), scale);
-          if (p.softcap) {  // hidden keys have -infinity for a score: their slope is that of the cap's lower end, 0
-            const vf t = mul(max(a, set1(-p.softcap)), inverse_cap);
-            g = mul(g, fnma(t, t, one));
-          }
-          store(weight + j, w);
-          store(grad + j, g);
-        }
-      }
-      std::fill(x + rows * TILE, x + TILE * TILE, 0.0f);
-      std::fill(dx + rows * TILE, dx + TILE * TILE, 0.0f);
+      weights_and_slopes(s, head, i, rows, start, TILE, delta, x, dx);
       product<Float32, true>(x, TILE, go + i * padded, padded, TILE, padded, TILE, dv, padded, true);
       product<Float32, true>(dx, TILE, q + i * padded, padded, TILE, padded, TILE, dk, padded, true);
       product<Float32>(dx, TILE, k, padded, TILE, padded, TILE, dq + i * padded, padded, true);
     }
-    for (int64_t t = 0; t < n; t++) {
-      const int64_t row = ((s.first + start + t) * p.n_head + head) * d;
-      memcpy(to.dk + row, dk + t * padded, d * sizeof(float));
-      memcpy(to.dv + row, dv + t * padded, d * sizeof(float));
-    }
+    leave(p, to, head, s.first + start, n, dk, dv);
   }
   for (int64_t r = 0; r < s.n_q; r++)
     write_row(to.dq, ((s.first + r) * p.n_head + head) * d, p.q_dtype, dq + r * padded, 1, d);
 }
+
+#if MATRIX_UNIT
+// (KEYS, KEYS) floats as bf16, and transposed.
+void round_tile(const float* from, bf16* plain, bf16* transposed) {
+  for (int64_t r = 0; r < KEYS; r += W)
+    for (int64_t c = 0; c < KEYS; c += W) {
+      vi block[W];
+      for (int i = 0; i < W; i++) {
+        const vf row = load(from + (r + i) * KEYS + c);
+        if (plain) store(plain + (r + i) * KEYS + c, row);
+        block[i] = (vi)row;
+      }
+      transpose(block);
+      for (int i = 0; i < W; i++) store(transposed + (c + i) * KEYS + r, (vf)block[i]);
+    }
+}
+
+// The same for bf16 through the matrix unit: P and dS are rounded to bf16 for their products, sums are float32.
+void backward_head_unit(const Problem& p, const Gradients& to, int64_t sequence, int64_t head) {
+  const Sequence s(p, sequence);
+  const int64_t d = p.head_size, padded = p.padded(), depth = padded / 2, all = (s.n_q + KEYS - 1) / KEYS * KEYS;
+  const int64_t kv_head = head / p.group(), tile = KEYS * depth;  // cells of a tile of rows
+  static thread_local std::vector<float> memory;
+  memory.assign(all * (4 * depth + padded + 1) + 3 * tile + 2 * KEYS * padded + 5 * KEYS * KEYS, 0.0f);
+  float *q = memory.data(), *go = q + all * depth, *q_pairs = go + all * depth, *go_pairs = q_pairs + all * depth;
+  float *dq = go_pairs + all * depth, *delta = dq + all * padded, *kt = delta + all, *vt = kt + tile, *k_pairs = vt + tile;
+  float *dk = k_pairs + tile, *dv = dk + KEYS * padded, *x = dv + KEYS * padded, *dx = x + KEYS * KEYS;
+  bf16 *xt = (bf16*)(dx + KEYS * KEYS), *dxt = xt + KEYS * KEYS, *dx_rows = dxt + KEYS * KEYS;
+  using Rows = TileRows<PairsOfBf16, bf16>;
+  const Heads<bf16> queries(p.q, p.q_stride, nullptr, p, head), grads(to.dout, p.n_head * d, nullptr, p, head);
+  const Heads<bf16> outs(p.out, p.n_head * d, nullptr, p, head), keys(p.k, p.k_stride, nullptr, p, kv_head);
+  const Heads<bf16> values(p.v, p.v_stride, nullptr, p, kv_head);
+  int64_t at[KEYS];
+  const MatrixUnit unit(UNIT_ROWS, 16);
+
+  for (int64_t i = 0; i < s.n_q; i += KEYS) {
+    const int64_t n = std::min(KEYS, s.n_q - i);
+    for (int64_t r = 0; r < n; r++) {
+      at[r] = s.first + i + r;
+      memcpy(q + (i + r) * depth, queries.row(at[r]), d * sizeof(bf16));
+      memcpy(go + (i + r) * depth, grads.row(at[r]), d * sizeof(bf16));
+      vf dot = zero();
+      for_each_vector(d, [&](int64_t e, auto load, auto) { dot = fma(load(outs.row(at[r]) + e), load(grads.row(at[r]) + e), dot); });
+      delta[i + r] = reduce_add(dot);
+    }
+    pack_values(Rows{queries, at, 0, n}, padded, q_pairs + i * depth);
+    pack_values(Rows{grads, at, 0, n}, padded, go_pairs + i * depth);
+  }
+  for (int64_t start = 0; start < s.n_k; start += KEYS) {
+    const int64_t n = std::min(KEYS, s.n_k - start);
+    for (int64_t t = 0; t < n; t++) at[t] = s.first + start + t;
+    pack_keys(Rows{keys, at, 0, n}, padded, kt);
+    pack_keys(Rows{values, at, 0, n}, padded, vt);
+    pack_values(Rows{keys, at, 0, n}, padded, k_pairs);
+    std::fill(dk, x, 0.0f);
+    for (int64_t i = 0; i < s.n_q; i += KEYS) {
+      const int64_t rows = std::min(KEYS, s.n_q - i);
+      if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
+      product<PairsOfBf16>(q + i * depth, depth, kt, KEYS, KEYS, KEYS, depth, x, KEYS, false);
+      product<PairsOfBf16>(go + i * depth, depth, vt, KEYS, KEYS, KEYS, depth, dx, KEYS, false);
+      weights_and_slopes(s, head, i, rows, start, KEYS, delta, x, dx);
+      round_tile(x, nullptr, xt);
+      round_tile(dx, dx_rows, dxt);
+      product<PairsOfBf16>((float*)xt, KEYS / 2, go_pairs + i * depth, padded, KEYS, padded, KEYS / 2, dv, padded, true);
+      product<PairsOfBf16>((float*)dxt, KEYS / 2, q_pairs + i * depth, padded, KEYS, padded, KEYS / 2, dk, padded, true);
+      product<PairsOfBf16>((float*)dx_rows, KEYS / 2, k_pairs, padded, KEYS, padded, KEYS / 2, dq + i * padded, padded, true);
+    }
+    leave(p, to, head, s.first + start, n, dk, dv);
+  }
+  for (int64_t r = 0; r < s.n_q; r++)
+    write_row(to.dq, ((s.first + r) * p.n_head + head) * d, p.q_dtype, dq + r * padded, 1, d);
+}
+#endif
 
 }  // namespace
 
@@ -111,7 +196,11 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
   for (int64_t s = 0; s < n_seq; s++) longest_first[s] = s;
   std::stable_sort(longest_first.begin(), longest_first.end(),
                    [&](int64_t a, int64_t b) { return Sequence(p, a).n_q > Sequence(p, b).n_q; });
-  parallel_dynamic(n_seq * n_head, [&](int64_t i) { backward_head(p, to, longest_first[i / n_head], i % n_head); });
+  auto head = backward_head;
+#if MATRIX_UNIT
+  if (dtype == BF16) head = backward_head_unit;
+#endif
+  parallel_dynamic(n_seq * n_head, [&](int64_t i) { head(p, to, longest_first[i / n_head], i % n_head); });
   parallel_for(rows * n_kv_head, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(head_size);
     for (int64_t i = begin; i < end; i++)
