@@ -85,21 +85,15 @@ def check_memory(
     if need.peak - program <= have:
         return need
     advice = "no setting fits: use a smaller model, a shorter --train.seq_len, or more processes with zero3"
+    sizes = [m for m in range(options.micro_batch_size, 0, -1) if options.micro_batch_size % m == 0]
     optimizers = ((optimizer, options.precision), ("adamw8bit", options.precision), ("adafactor", "bf16"))
-    for (o, p), c, m in product(optimizers, ("none", "full"), sizes_below(options.micro_batch_size)):
+    for (o, p), c, m in product(optimizers, ("none", "full"), sizes):
         changed = replace(options, precision=p, checkpointing=c, micro_batch_size=m)
         if estimate(model, o, changed, workers, kept, program).peak - program <= have:
             names = f"--train.precision {p} --train.checkpointing {c} --train.micro_batch_size {m}"
             advice = f"this would fit: --optimizer {o} {names}"
             break
     raise PagodaError(f"this run needs {need.peak / GIB:.2f} GiB per process, {have / GIB:.2f} GiB are free; {advice}")
-
-
-def sizes_below(n: int) -> list[int]:
-    sizes = [n]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
 
 
 def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activations, program: int) -> Memory:
