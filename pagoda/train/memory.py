@@ -131,7 +131,7 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     if o.global_batch_size > rows * workers.size:  # micro-batches before this one have left theirs
         begin += gradients
     end = rows * kept.block + reduced
-    if model.embed.weight is model.head.weight and model.embed.weight.requires_grad:
+    if model.embed.weight is model.head.weight and getattr(model.embed.weight, "requires_grad", False):
         end += model.embed.weight.numel() * used  # a second gradient of the same weight
     end = gradients + max(end, moment)
     data = n_tokens * 16
