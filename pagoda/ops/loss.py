@@ -13,7 +13,7 @@ from pagoda.ops.linear import linear, linear_transposed, product_dtype
 
 IGNORE = -100  # the target of a token that is not scored (PyTorch's own convention)
 CHUNK_BYTES = 2048  # of a column of logits: what a chunk of rows has
-BLOCK = 2048  # rows of the head that are cast to float32 at a time, where PyTorch would emulate bf16
+BLOCK = 2048  # rows of the head, or of its gradient, that are cast at a time
 PIECE = 64  # rows of logits that the reference works on in float32
 
 
@@ -31,15 +31,17 @@ def linear_cross_entropy(
     hidden (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64, -100 where nothing is scored. A packed weight
     takes no gradient. z_loss adds `z_loss * logsumexp(logits)^2` per scored token (Chowdhery et al. 2022, "PaLM").
     Returns (N,) float32: the loss per token in nats, 0 where nothing is scored. At most `chunk` rows of logits exist at
-    a time, in hidden's dtype (0: 1,024, but 512 of float32 where gradients are wanted).
+    a time, in hidden's dtype (0: 1,024, but 512 of float32).
 
     Where gradients are wanted, they are computed while the logits are there (as Liger Kernel does, Hsu et al. 2024),
     for a loss that is the sum over tokens; the way back scales them. If it turns out that tokens weigh differently in
     the loss, the head's gradients are computed again.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _reference(hidden, weight, targets, bias, softcap, z_loss, chunk or 1024)
     chunk = chunk or CHUNK_BYTES // hidden.element_size()
+    if torch.compiler.is_compiling():
+        return _reference(hidden, weight, targets, bias, softcap, z_loss, chunk)
+    if not torch.is_grad_enabled():  # the same way: it never has a chunk of logits twice, or in float32
+        return _with_gradients(hidden, weight, targets, bias, None, (False,) * 4, softcap, z_loss, chunk)[0]
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, z_loss, chunk)
 
 
@@ -87,7 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_loss, chunk):
     """(losses, gradients of hidden, weight and bias), for tokens that weigh `upstream` (N,), or 1 each.
 
-    Accumulates in float32, but the gradient of a weight that meets only one chunk, which is rounded once.
+    Accumulates in float32, but the gradient of a weight that meets only one chunk, which is rounded once. Of what is
+    not `needed` (one truth for each) there is none.
     """
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if needed[0] else None
@@ -109,17 +112,25 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
             part = d[:, block].to(dtype)
             if d_hidden is not None:
                 d_h = d_h + linear_transposed(part, weight if isinstance(weight, PackedWeight) else weight[block])
-            if d_weight is not None and d_weight.dtype == dtype:
-                d_weight[block].addmm_(part.T, h.to(dtype))
-            elif d_weight is not None:
-                d_weight[block] += part.T @ h.to(dtype)
+            if d_weight is not None:
+                _add_product(d_weight[block], part.T, h.to(dtype))
             if d_bias is not None:
                 d_bias[block] += part.sum(0, dtype=torch.float32)
         if d_hidden is not None:
             d_hidden[rows] = d_h
+        del d, part  # before the next chunk's come
     grads = d_hidden, d_weight, d_bias
     wanted = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
     return losses, [None if g is None else g.to(w) for g, w in zip(grads, wanted)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in pieces where the types differ: PyTorch's sum of two types makes a copy of the second."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    for rows, piece in zip(total.split(BLOCK), a.split(BLOCK)):
+        rows += piece @ b
 
 
 def _blocks(hidden: Tensor, weight: Tensor | PackedWeight) -> Iterator[slice]:

@@ -137,6 +137,7 @@ def start_job(
         memory=lambda: peak_memory(workers.device),
     )
     if validation is not None or options.sample_prompt:
+        job.eval_rows = min(validation.n_rows, options.eval_rows) if validation else 0
         job.evaluate = lambda job: evaluate(job, validation, tokenizer, start.seed)
     try:
         train(job)

@@ -53,6 +53,7 @@ class Job:
     run: Run
     watch: Watcher
     evaluate: Callable[[Job], dict[str, float | str]] | None = None  # at every interval: what metrics.jsonl shall say
+    eval_rows: int = 0  # that an evaluation scores
     method: Method | None = None
     progress: Progress = field(default_factory=Progress)
     released: list[float] = field(default_factory=list)  # squared norms of gradients that are gone already
@@ -174,11 +175,10 @@ def release_gradients(job: Job) -> None:
 
 def forecast(job: Job, seconds: float) -> str:
     """How long the run will take, its evaluations (a third of the work on a row) included, at that many a step."""
-    o, left = job.options, last_step(job.options) - job.progress.step
-    total = left * seconds
-    if job.evaluate:
-        rounds = left // o.eval_interval + 1 if o.eval_interval else 1
-        total += rounds * o.eval_rows * seconds / o.global_batch_size / 3
+    o, step, last = job.options, job.progress.step, last_step(job.options)
+    every, left = o.eval_interval or last, last - step
+    rounds = last // every - (step - 1) // every + bool(last % every)  # one may follow this step, one is the last
+    total = (left + rounds * job.eval_rows / o.global_batch_size / 3) * seconds
     total = min(total, o.seconds() - job.progress.seconds)
     return f"{seconds:.2f} s a step: {left} more take about {clock(total)}; peak memory {job.watch.memory():.2f} GiB"
 

@@ -21,9 +21,10 @@ from pagoda.common import PagodaError, free_memory
 from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
+from pagoda.models.loader import trim_heap
 from pagoda.ops import cpu
 from pagoda.ops.loss import BLOCK, CHUNK_BYTES
-from pagoda.train.optim import state_bytes, step_bytes
+from pagoda.train.optim import make_optimizer, state_bytes, step_bytes
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
@@ -59,7 +60,7 @@ class Activations:
 
 
 def return_freed_memory() -> None:
-    """Let the C library give every block of 1 MiB or more back to the system when it is freed.
+    """Let the C library give every block of 256 KiB or more back to the system when it is freed.
 
     By itself glibc raises that size, up to 32 MiB, whenever a larger block is freed (mallopt(3)), and the blocks of a
     training step then leave a heap full of holes: a fifth of the peak, and no time gained.
@@ -67,7 +68,7 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
         if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 1 << 20)
+            mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
 def check_memory(
@@ -77,77 +78,92 @@ def check_memory(
 
     dress: what gives a small copy of the model the adapters, and the frozen weights, that the model itself has
     """
-    kept = measure_activations(model, options, workers.device, dress)
-    need = estimate(model, optimizer, options, workers, kept)
+    kept = rehearse(model, optimizer, options, workers.device, dress)
+    program = resident(workers.device, model)
+    need = estimate(model, optimizer, options, workers, kept, program)
     have = free_memory(workers.device) // (workers.size if workers.device.type == "cpu" else 1)
-    if need.peak - need.program <= have:
+    if need.peak - program <= have:
         return need
     advice = "no setting fits: use a smaller model, a shorter --train.seq_len, or more processes with zero3"
+    sizes = [m for m in range(options.micro_batch_size, 0, -1) if options.micro_batch_size % m == 0]
     optimizers = ((optimizer, options.precision), ("adamw8bit", options.precision), ("adafactor", "bf16"))
-    for (o, p), c, m in product(optimizers, ("none", "full"), sizes_below(options.micro_batch_size)):
+    for (o, p), c, m in product(optimizers, ("none", "full"), sizes):
         changed = replace(options, precision=p, checkpointing=c, micro_batch_size=m)
-        if estimate(model, o, changed, workers, kept).peak - need.program <= have:
+        if estimate(model, o, changed, workers, kept, program).peak - program <= have:
             names = f"--train.precision {p} --train.checkpointing {c} --train.micro_batch_size {m}"
             advice = f"this would fit: --optimizer {o} {names}"
             break
     raise PagodaError(f"this run needs {need.peak / GIB:.2f} GiB per process, {have / GIB:.2f} GiB are free; {advice}")
 
 
-def sizes_below(n: int) -> list[int]:
-    sizes = [n]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
-
-
-def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activations) -> Memory:
-    """See `Memory`. The peak comes at the start of the backward pass (all activations, the head's logits) or at its end
-    (all gradients), whichever is more."""
+def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activations, program: int) -> Memory:
+    """See `Memory`. The peak comes at the start of the backward pass (all activations, the head's logits), at its end
+    (all gradients, one of which is summed, counted or stepped), or where one process gathers all weights to save them.
+    """
     stored = torch.float32 if o.precision != "bf16" else torch.bfloat16
     compute = 4 if o.precision == "float32" else 2
     shards = workers.size if o.sharding != "none" else 1
     trained = [(name, p.to(stored)) for name, p in model.named_parameters() if p.requires_grad]
     state, moment = (f(optimizer, trained, shards) for f in (state_bytes, step_bytes))
-    parameters = sum(p.nbytes for _, p in trained) // shards
-    gradients = max(p.nbytes for _, p in trained) if o.release_gradients else parameters
+    largest = max(p.numel() for _, p in trained)
+    if stored == torch.bfloat16:
+        moment = max(moment, 4 * largest // shards)  # a norm counts in float32
+    parameters = sum(p.nbytes for _, p in trained)
+    gradients = largest * stored.itemsize if o.release_gradients else parameters // shards
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
-    weights = parameters + sum(t.nbytes for t in frozen)
-    if workers.size > 1 and not frozen:  # gathered copies: of everything, or of two blocks and what is outside of them
-        n_all = sum(p.numel() for p in model.parameters())
-        layer = sum(p.numel() for p in model.layers[0].parameters())
-        weights += (n_all if o.sharding != "zero3" else n_all - layer * (len(model.layers) - 2)) * compute
-    rows, n_layer = o.micro_batch_size, len(model.layers)
+    weights = parameters // shards + sum(t.nbytes for t in frozen)
+    used, gathered, reduced = stored.itemsize, 0, 0  # used: bytes of a number of the weights that the model works with
+    n_layer = len(model.layers)
+    if workers.size > 1 and not frozen:  # FSDP gathers everything, or two blocks and what is outside of them
+        n_all, n_block = (sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))
+        outside = n_all - n_block * n_layer
+        used, gathered = compute, compute * (n_all if o.sharding != "zero3" else outside + 2 * n_block)
+        reduced = (4 + compute) * outside  # gradients are added up in float32: what is outside of the blocks comes last
+        if shards == 1 and stored == torch.bfloat16:
+            reduced += 4 * n_all  # and of replicas FSDP holds these sums until the end
+    rows = o.micro_batch_size
     n_tokens = rows * o.seq_len
     passed = n_tokens * model.config.n_embd * compute
     again = {"none": 0, "selective": n_layer // 2, "full": n_layer}[o.checkpointing]
     activations = rows * kept.rest + (n_layer - again) * rows * kept.block + again * passed
-    if again == n_layer:
-        activations += rows * kept.block  # of the block that is computed again
-    logits = head_bytes(model, n_tokens, compute, workers.device)
+    logits = head_bytes(model, n_tokens, compute, used, workers.device)
+    begin = gathered + activations + logits
+    if o.global_batch_size > rows * workers.size:  # micro-batches before this one have left theirs
+        begin += gradients
+    end = rows * kept.block + reduced
+    if model.embed.weight is model.head.weight and getattr(model.embed.weight, "requires_grad", False):
+        end += model.embed.weight.numel() * used  # a second gradient of the same weight
+    end = gradients + max(end, moment)
     data = n_tokens * 16
-    program = resident(workers.device)
-    accumulates = o.global_batch_size > rows * workers.size
-    backward = activations + logits + (gradients if accumulates else 0)
-    peak = program + weights + state + data + max(backward, gradients + moment)
-    return Memory(program, weights, gradients, state, activations, logits, data, peak)
+    peak = program + weights + state + data + max(begin, end, parameters if shards > 1 else 0)
+    return Memory(program, weights + gathered, gradients, state, activations, logits, data, peak)
 
 
-def head_bytes(model: GPT, n_tokens: int, compute: int, device: torch.device) -> int:
-    """What `linear_cross_entropy` holds: a chunk of logits, the head's gradient, and casts where bf16 is emulated."""
+def head_bytes(model: GPT, n_tokens: int, compute: int, used: int, device: torch.device) -> int:
+    """What `linear_cross_entropy` holds: a chunk of logits, the head's gradient, and what it casts. compute and used:
+    bytes of a number of the logits and of the head."""
     rows, vocab_size, n_embd = CHUNK_BYTES // compute, model.config.vocab_size, model.config.n_embd
-    chunk = min(n_tokens, rows)
-    total = chunk * vocab_size * compute
-    if getattr(model.head.weight, "requires_grad", False):
-        total += vocab_size * n_embd * (compute if n_tokens <= rows else 4)
+    chunk, n_head = min(n_tokens, rows), vocab_size * n_embd
+    logits = chunk * vocab_size * compute
     if compute == 2 and cpu.emulates(torch.empty(0, dtype=torch.bfloat16, device=device)):
-        total += 4 * min(BLOCK, vocab_size) * (chunk + n_embd)
-    return total
+        logits += 4 * min(BLOCK, vocab_size) * (chunk + n_embd)
+    if not getattr(model.head.weight, "requires_grad", False):
+        return logits
+    if used > compute:
+        return logits + n_head * (used + compute)  # the masters' gradient, and a copy of them for the product
+    if n_tokens <= rows:
+        return logits + n_head * used
+    return 4 * n_head + max(logits, n_head * used)  # a float32 sum over chunks, rounded in the end
 
 
-def measure_activations(
-    model: GPT, o: Train, device: torch.device, dress: Callable[[GPT], None] | None = None
+def rehearse(
+    model: GPT, optimizer: str, o: Train, device: torch.device, dress: Callable[[GPT], None] | None = None
 ) -> Activations:
-    one, two = (kept_bytes(shortened(model, n), o, device, dress) for n in (1, 2))
+    """Steps of the same model with one block and with two, on one row. What a run leaves in a process whatever its
+    size, modules imported late and code that PyTorch compiles for its products, is there afterwards."""
+    with torch.random.fork_rng():
+        one, two = (kept_bytes(shortened(model, n), optimizer, o, device, dress) for n in (1, 2))
+    trim_heap()
     return Activations(two - one, 2 * one - two)
 
 
@@ -163,8 +179,8 @@ def shortened(model: GPT, n_layer: int) -> GPT:
         return type(model)(replace(c, vocab_size=min(c.vocab_size, 256), **layers))
 
 
-def kept_bytes(model: GPT, o: Train, device: torch.device, dress: Callable[[GPT], None] | None) -> int:
-    """Bytes of one row that autograd keeps for the backward pass, parameters not counted."""
+def kept_bytes(model: GPT, optimizer: str, o: Train, device: torch.device, dress: Callable[[GPT], None] | None) -> int:
+    """Bytes of one row that autograd keeps for the backward pass of a step, parameters not counted."""
     dtype = torch.bfloat16 if o.precision == "bf16" or (dress and o.precision == "mixed") else torch.float32
     for name, p in list(model.named_parameters()):
         module, _, leaf = name.rpartition(".")
@@ -184,15 +200,21 @@ def kept_bytes(model: GPT, o: Train, device: torch.device, dress: Callable[[GPT]
         return t
 
     tokens = torch.zeros(o.seq_len, dtype=torch.int64, device=device)
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.hidden(tokens, Batch.of([o.seq_len], device)).sum()
-    return sum(s.nbytes() for s in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(tokens, Batch.of([o.seq_len], device), targets=tokens).sum()
+    size = sum(s.nbytes() for s in kept.values())
+    kept.clear()
+    loss.backward()
+    make_optimizer(optimizer, model.named_parameters(), 0.0).step()
+    return size
 
 
-def resident(device: torch.device) -> int:
-    """Bytes that this process holds already."""
+def resident(device: torch.device, model: GPT) -> int:
+    """Bytes that this process holds already, a model's weights left out."""
+    weights = {t.untyped_storage() for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"}
+    held = sum(s.nbytes() for s in weights if s.resizable())  # others are views of a file, not read yet
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) - held
     if Path("/proc/self/statm").is_file():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") - held
     return 300 * 2**20
