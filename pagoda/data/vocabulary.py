@@ -19,7 +19,7 @@ from tokenizers import Regex, decoders, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from pagoda.common import PagodaError, one_of, replacing
+from pagoda.common import PagodaError, one_of, optional, replacing
 from pagoda.data.tokenizer import PRE_TOKENIZERS, Tokenizer, bpe_merges, load_tokenizer
 from pagoda.models.download import resolve
 
@@ -133,13 +133,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int, special_tokens: list[str]) 
 def train_sentencepiece(
     texts: Iterator[str], folder: Path, model_type: str, vocab_size: int, special: list[str]
 ) -> None:
-    try:
-        from sentencepiece import SentencePieceTrainer
-    except ImportError:
-        raise PagodaError("this needs sentencepiece: pip install 'pagoda-llm[data]'") from None
+    sentencepiece = optional("sentencepiece", "data")
     model = io.BytesIO()
     try:
-        SentencePieceTrainer.train(
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in texts for line in text.splitlines() if line),
             model_writer=model,
             model_type=model_type,

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from pagoda.common import PagodaError, resolve_device, resolve_dtype
+from pagoda.common import PagodaError, read_json, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.engine.engine import Engine, Timing
 from pagoda.engine.options import EngineOptions, Sampling, Weights
 from pagoda.engine.request import Group, Output, Request, TokenLogprob
 from pagoda.models.download import ADAPTER, resolve
 from pagoda.models.gpt import GPT
-from pagoda.models.loader import load, read_json
+from pagoda.models.loader import load
 from pagoda.ops.cpu import kernels
 from pagoda.peft.files import load_adapter
 

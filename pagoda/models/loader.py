@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from pagoda.common import PagodaError, replacing
+from pagoda.common import PagodaError, read_json, replacing
 from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf, release
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
@@ -168,20 +168,6 @@ def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps the holes that conversions leave between the weights."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PagodaError(f"{path.parent}: no {path.name} there; a model directory needs one") from None
-    except OSError as e:
-        raise PagodaError(f"cannot read {path}: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise PagodaError(f"{path}: not valid JSON ({e}); download or copy it again") from None
-    if not isinstance(data, dict):
-        raise PagodaError(f"{path}: not a JSON object; download or copy it again")
-    return data
 
 
 def weight_files(path: Path) -> list[Path]:

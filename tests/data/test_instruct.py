@@ -220,7 +220,7 @@ def test_template_from_a_file_and_unknown_ones(tmp_path, tokenizer):
     assert tokenizer.chat_template == R1
     for name, words in (
         ("chatlm", "unknown chat template 'chatlm'; did you mean 'chatml'"),
-        ("none.jinja", "cannot read the template"),
+        ("none.jinja", "cannot read"),
     ):
         with pytest.raises(PagodaError, match=words):
             use_template(tokenizer, name)
