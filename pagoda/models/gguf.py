@@ -2,8 +2,7 @@
 
 `read_gguf` maps the file and parses the header: `.metadata` (a dict) and `.tensors` (name -> `GGUFTensor`). Nothing of
 a tensor is read before its `.data` is touched. `hf_config` turns the metadata into the dict of a `config.json`,
-`hf_tensors` yields every tensor under the name that transformers gives it, `dequantize` unpacks blocks to floats, and
-`release` gives the mapped pages of a used-up tensor back to the system, because mapped pages count as memory.
+`hf_tensors` yields every tensor under the name that transformers gives it, and `dequantize` unpacks blocks to floats.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads the same files, but takes
 two seconds on a vocabulary of 49k tokens; it serves here for the k-quants, and in the tests as the reference.
@@ -297,13 +296,6 @@ def _unpack(raw: torch.Tensor, type_name: str) -> torch.Tensor:
     else:
         result = (values.view(torch.int8) - (8 if type_name == "Q4_0" else 16)) * scale
     return result.view(raw.shape[0], -1)
-
-
-def release(tensor: GGUFTensor) -> None:
-    """Drop the tensor's mapped pages from memory; they are read from the file again if they are touched again."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        tensor.mapping.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
 
 
 # In Hugging Face's terms ------------------------------------------------------------

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pagoda.common import PagodaError, one_of
+from pagoda.train.schedule import SCHEDULES
 
 PRECISIONS = ("mixed", "bf16", "float32")
 OPTIMIZERS = ("adamw", "adamw8bit", "lion", "adafactor", "muon")
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
 SHARDINGS = ("none", "zero2", "zero3")
 
 
