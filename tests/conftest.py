@@ -22,3 +22,13 @@ def seed():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """`threads(n)`: so many of them, until the test ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
