@@ -23,7 +23,7 @@ from pagoda.data.vocabulary import spelled_bytes
 from pagoda.engine.async_engine import Stream
 from pagoda.engine.request import Output, TokenLogprob
 from pagoda.serve.errors import error_body
-from pagoda.serve.metrics import Metrics
+from pagoda.serve.metrics import Clock, Metrics
 from pagoda.serve.tools import Reader
 
 Choice = dict[str, Any]
@@ -257,7 +257,7 @@ class Reply:
         yield b"data: [DONE]\n\n"
 
     async def _pushed(self) -> AsyncIterator[tuple[Choice | None, Output]]:
-        clock = self.metrics.clock()
+        clock = Clock(self.metrics)
         last = [clock.start] * len(self.answers)
         async for i, piece in merged(self.streams):
             place = i * self.n + piece.index
