@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -72,6 +73,14 @@ def one_of(option: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
         raise PagodaError(f"{option} must be one of {', '.join(known)}, not '{value}'{did_you_mean(value, known)}")
     return value
+
+
+def demand(options: object, **rules: tuple[bool, str]) -> None:
+    """PagodaError unless each of these options is good (and finite); the text says what it must be."""
+    for name, (good, what) in rules.items():
+        value = getattr(options, name)
+        if not good or (isinstance(value, float) and not math.isfinite(value)):
+            raise PagodaError(f"{name} must be {what}, not {value}")
 
 
 def optional(package: str, extra: str = "") -> Any:

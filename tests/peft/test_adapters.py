@@ -320,7 +320,7 @@ def test_what_a_family_cannot_wear(base, family, worn, words):
     [
         (lambda: LoRA(rank=0), "rank must be a whole number above 0"),
         (lambda: LoRA(dropout=1.0), "dropout must be at least 0 and below 1"),
-        (lambda: Prompt(init="text"), "init is vocab or random"),
+        (lambda: Prompt(init="text"), "init must be one of vocab, random"),
         (lambda: named("lorra"), "unknown method 'lorra'; did you mean 'lora'"),
     ],
 )
