@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/python demo.py
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pagoda.common import PagodaError, did_you_mean
+from pagoda.common import PagodaError, did_you_mean, read_text
 from pagoda.data.options import InstructionOptions, Preparation, Reading
 from pagoda.engine.options import REQUEST_ONLY, EngineOptions, Sampling, Weights
 from pagoda.peft.options import METHODS, Options
@@ -189,10 +189,7 @@ def evaluate_perplexity(
     """
     if text is None:
         raise PagodaError("no text: give --text FILE")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PagodaError(f"cannot read {text}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    content = read_text(text)
     from pagoda.engine.llm import LLM
     from pagoda.evaluate.perplexity import perplexity
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import json
+import math
 import os
 import re
 import shutil
@@ -10,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +73,46 @@ def one_of(option: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
         raise PagodaError(f"{option} must be one of {', '.join(known)}, not '{value}'{did_you_mean(value, known)}")
     return value
+
+
+def demand(options: object, **rules: tuple[bool, str]) -> None:
+    """PagodaError unless each of these options is good (and finite); the text says what it must be."""
+    for name, (good, what) in rules.items():
+        value = getattr(options, name)
+        if not good or (isinstance(value, float) and not math.isfinite(value)):
+            raise PagodaError(f"{name} must be {what}, not {value}")
+
+
+def optional(package: str, extra: str = "") -> Any:
+    """A package that not everybody needs, imported; PagodaError says how to get it (by which extra of ours, if any)."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        wanted = f"'pagoda-llm[{extra}]'" if extra else package
+        raise PagodaError(f"this needs {package}: pip install {wanted}") from None
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file, without the mark that some editors put in front."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise PagodaError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from None
+    except OSError as e:
+        raise PagodaError(f"cannot read {path}: {e.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    if not path.is_file():
+        raise PagodaError(f"{path.parent}: no {path.name} there")
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise PagodaError(f"{path}: not valid JSON ({e}); download or copy it again") from None
+    if not isinstance(data, dict):
+        raise PagodaError(f"{path}: not a JSON object; download or copy it again")
+    return data
 
 
 @contextmanager

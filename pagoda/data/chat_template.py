@@ -10,10 +10,9 @@ import json
 import re
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pagoda.common import PagodaError, did_you_mean
+from pagoda.common import PagodaError, did_you_mean, read_text
 
 if TYPE_CHECKING:
     from pagoda.data.tokenizer import Tokenizer
@@ -122,11 +121,7 @@ def use_template(tokenizer: Tokenizer, name: str | None) -> None:
     if name in TEMPLATES:
         source, end = TEMPLATES[name]
     elif name.endswith(".jinja"):
-        try:
-            source, end = Path(name).read_text(encoding="utf-8"), None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise PagodaError(f"cannot read the template {name}: {reason}") from None
+        source, end = read_text(name), None
     else:
         raise PagodaError(f"unknown chat template '{name}'{did_you_mean(name, TEMPLATES) or f': use {known}'}")
     if end == "eos_token" and tokenizer.eos_id is None:

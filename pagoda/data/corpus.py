@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pagoda.common import PagodaError
 from pagoda.data.options import Reading
-from pagoda.data.table import hub_dataset, read_rows
+from pagoda.data.table import arrow, hub_dataset, read_rows
 
 UNIT_BYTES = 1 << 20
 LINES = (".jsonl", ".ndjson")
@@ -192,10 +192,8 @@ def column(unit: Unit, field: str) -> Iterator[str]:
     if field not in names:
         raise no_field(str(path), field, names)
     if unit.kind == "parquet":
-        try:
+        with arrow(path):
             table = table.read_row_group(unit.first, columns=[field])
-        except OSError as error:
-            raise PagodaError(f"{path} is damaged ({str(error).splitlines()[0]}); copy it again") from None
     else:
         table = table.slice(unit.first, unit.last - unit.first)
     for batch in table.select([field]).to_batches(1000):
@@ -236,30 +234,15 @@ def contents(path: str) -> mmap.mmap | bytes:
 
 def open_parquet(path: Path):
     """A pyarrow ParquetFile."""
-    return with_pyarrow(path, lambda arrow: arrow.parquet.ParquetFile(path))
+    with arrow(path) as pyarrow:
+        return pyarrow.parquet.ParquetFile(path)
 
 
 def open_arrow(path: Path):
     """A pyarrow table over the mapped file (`datasets` writes streams, others files)."""
-
-    def read(arrow):
-        source = arrow.memory_map(str(path))
+    with arrow(path) as pyarrow:
+        source = pyarrow.memory_map(str(path))
         try:
-            return arrow.ipc.open_stream(source).read_all()
-        except arrow.ArrowInvalid:
-            return arrow.ipc.open_file(source).read_all()
-
-    return with_pyarrow(path, read)
-
-
-def with_pyarrow(path: Path, read):
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise PagodaError(f"{path} needs pyarrow: pip install 'pagoda-llm[data]'") from None
-    try:
-        return read(pyarrow)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise PagodaError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+            return pyarrow.ipc.open_stream(source).read_all()
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(source).read_all()

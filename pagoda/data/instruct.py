@@ -355,7 +355,7 @@ class InstructionRows:
     """A data source for the training loop: examples, several to a row of `seq_len` tokens, each a document of its own.
 
     packing: best fit, longest first; without it each row is one example.
-    fill: make each row `seq_len` tokens long by a document of `pad_id` that nothing is trained on; torch.compile wants
+    fill: make each row `seq_len` tokens long by a document of zeros that nothing is trained on; torch.compile wants
         that, a CPU is quicker without.
     sequential: all rows once, in order (validation); else epoch after epoch, each permuted by `seed`.
 
@@ -372,10 +372,9 @@ class InstructionRows:
         seed: int = 0,
         packing: bool = True,
         fill: bool = False,
-        pad_id: int = 0,
         sequential: bool = False,
     ):
-        self.seq_len, self.seed, self.fill, self.pad_id, self.sequential = seq_len, seed, fill, pad_id, sequential
+        self.seq_len, self.seed, self.fill, self.sequential = seq_len, seed, fill, sequential
         self.examples: list[Example] = []
         self.truncated = self.tokens_lost = self.dropped = 0
         digest = hashlib.blake2b(digest_size=16)
@@ -420,7 +419,7 @@ class InstructionRows:
                 lengths.append(len(tokens[-1]))
                 room -= lengths[-1]
             if self.fill and room:
-                tokens.append(np.full(room, self.pad_id))
+                tokens.append(np.zeros(room, np.int64))
                 targets.append(np.full(room, IGNORE))
                 lengths.append(room)
         flat, wanted = (np.concatenate(parts).astype(np.int64) for parts in (tokens, targets))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pagoda.common import PagodaError, one_of
+from pagoda.common import demand, one_of
 
 
 @dataclass
@@ -49,12 +49,12 @@ class Preparation:
 
     def __post_init__(self):
         one_of("split_by", self.split_by, ("document", "position"))
-        if not 0 <= self.val_fraction < 1:
-            raise PagodaError(f"val_fraction must be at least 0 and below 1, not {self.val_fraction}")
-        if self.shard_tokens < 1:
-            raise PagodaError(f"shard_tokens must be at least 1, not {self.shard_tokens}")
-        if self.workers < 0:
-            raise PagodaError(f"workers must be 0 (one per core) or more, not {self.workers}")
+        demand(
+            self,
+            val_fraction=(0 <= self.val_fraction < 1, "at least 0 and below 1"),
+            shard_tokens=(self.shard_tokens >= 1, "at least 1"),
+            workers=(self.workers >= 0, "0 (one per core) or more"),
+        )
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from pagoda.common import PagodaError, progress, replacing
+from pagoda.common import PagodaError, progress, read_json, replacing
 from pagoda.data.corpus import Unit, all_documents, documents, list_units
 from pagoda.data.options import Preparation, Reading
 from pagoda.data.shards import FORMAT, SPLITS, ShardWriter, digest, token_dtype
@@ -54,7 +54,7 @@ def prepare(
     tokenizer = None if options.tokenizer == "char" else find_tokenizer(options.tokenizer)
     job = job_of(units, tokenizer, reading, options)
     if (out / "manifest.json").is_file():
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(out / "manifest.json")
         if manifest.get("job") != job:
             raise PagodaError(f"{out} holds a set of other data or options: remove it or choose another place")
         return manifest
@@ -83,7 +83,7 @@ def job_of(units: list[Unit], tokenizer: Tokenizer | None, reading: Reading, opt
 def read_progress(out: Path, job: str) -> dict[str, Any] | None:
     """How far an earlier run came; None if there was none."""
     if (out / "progress.json").is_file():
-        record = json.loads((out / "progress.json").read_text(encoding="utf-8"))
+        record = read_json(out / "progress.json")
         if record["job"] != job:
             raise PagodaError(
                 f"{out} holds an unfinished set, and since it was begun its sources or options have changed: "

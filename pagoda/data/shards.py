@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -252,17 +252,12 @@ class PreparedSet:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "manifest.json").is_file():
         if (folder / "progress.json").is_file():
-            raise PagodaError(f"{folder} is unfinished: run the same `pagoda prepare` again, it goes on") from None
-        raise PagodaError(f"{folder} is no prepared data: make some with `pagoda prepare SRC {folder}`") from None
-    except OSError as error:
-        raise PagodaError(f"cannot read {error.filename}: {error.strerror}") from None
-    except ValueError as error:
-        raise PagodaError(f"{folder / 'manifest.json'} is corrupt ({error}); run `pagoda prepare` anew") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise PagodaError(f"{folder} is unfinished: run the same `pagoda prepare` again, it goes on")
+        raise PagodaError(f"{folder} is no prepared data: make some with `pagoda prepare SRC {folder}`")
+    manifest = read_json(folder / "manifest.json")
+    if manifest.get("format") != FORMAT:
         raise PagodaError(f"{folder / 'manifest.json'} is not of this version's format; run `pagoda prepare` anew")
     return manifest
 

@@ -11,10 +11,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, optional, read_text
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -58,12 +59,7 @@ def _read_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     if suffix == ".parquet":
         yield from _read_parquet(path, name)
         return
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PagodaError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
-    except OSError as error:
-        raise PagodaError(f"cannot read {path}: {error.strerror}") from None
+    text = read_text(path)
     if suffix in (".csv", ".tsv"):
         yield from _read_csv(text, name, "\t" if suffix == ".tsv" else ",")
     elif text.lstrip().startswith("["):
@@ -102,19 +98,22 @@ def _read_csv(text: str, name: str, delimiter: str) -> Iterator[tuple[str, Row]]
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise PagodaError("Parquet files need pyarrow: pip install 'pagoda-llm[data]'") from None
     i = 0
-    try:
+    with arrow(path) as pyarrow:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             for row in batch.to_pylist():
                 i += 1
                 yield f"{name} row {i}", _without_none(row)
+
+
+@contextmanager
+def arrow(path: Path) -> Iterator[Any]:
+    """The package pyarrow, to read a file with: what it has to complain about becomes PagodaError."""
+    pyarrow, *_ = (optional(package, "data") for package in ("pyarrow", "pyarrow.ipc", "pyarrow.parquet"))
+    try:
+        yield pyarrow
     except (pyarrow.ArrowException, OSError) as error:
-        raise PagodaError(f"{path} is no Parquet file that can be read ({str(error).splitlines()[0]})") from None
+        raise PagodaError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
 
 
 def hub_dataset(source: str):
@@ -122,10 +121,7 @@ def hub_dataset(source: str):
     if not (match := _HUB_ID.fullmatch(source)) or Path(source).suffix.lower() in SUFFIXES:
         return None
     repo, config, revision, split = match.group("repo", "config", "revision", "split")
-    try:
-        import datasets
-    except ImportError:
-        raise PagodaError("hub data sets need the datasets package: pip install 'pagoda-llm[data]'") from None
+    datasets = optional("datasets", "data")
     try:
         return datasets.load_dataset(repo, config, revision=revision, split=split or "train")
     except Exception as error:  # network, unknown name, unknown split, a broken file: all end here

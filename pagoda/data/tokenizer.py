@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE, Unigram
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, read_json
 from pagoda.data.chat_template import render
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -249,15 +249,7 @@ def _token_text(token: str | dict | None) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PagodaError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(data, dict):
-        raise PagodaError(f"{path} does not hold a JSON object; download it again")
-    return data
+    return read_json(path) if path.is_file() else {}
 
 
 # GGUF files ------------------------------------------------------------

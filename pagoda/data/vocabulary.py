@@ -19,7 +19,7 @@ from tokenizers import Regex, decoders, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from pagoda.common import PagodaError, one_of, replacing
+from pagoda.common import PagodaError, one_of, optional, replacing
 from pagoda.data.tokenizer import PRE_TOKENIZERS, Tokenizer, bpe_merges, load_tokenizer
 from pagoda.models.download import resolve
 
@@ -61,14 +61,17 @@ def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """The 256 bytes, each under its own value, and an end of text."""
-    # GPT-2's spelling: printable bytes stand for themselves, the others are moved behind 255.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    moved = iter(range(256, 512))
-    spelled = [chr(byte if byte in printable else next(moved)) for byte in range(256)]
-    backend = Backend(BPE({character: byte for byte, character in enumerate(spelled)}, []))
+    backend = Backend(BPE({character: byte for byte, character in enumerate(spelled_bytes())}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend, {"eos_token": END}, config={"clean_up_tokenization_spaces": False})
+
+
+def spelled_bytes() -> list[str]:
+    """GPT-2's character for each byte: printable ones stand for themselves, the others are moved behind 255."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -133,13 +136,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int, special_tokens: list[str]) 
 def train_sentencepiece(
     texts: Iterator[str], folder: Path, model_type: str, vocab_size: int, special: list[str]
 ) -> None:
-    try:
-        from sentencepiece import SentencePieceTrainer
-    except ImportError:
-        raise PagodaError("this needs sentencepiece: pip install 'pagoda-llm[data]'") from None
+    sentencepiece = optional("sentencepiece", "data")
     model = io.BytesIO()
     try:
-        SentencePieceTrainer.train(
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in texts for line in text.splitlines() if line),
             model_writer=model,
             model_type=model_type,

@@ -8,7 +8,7 @@ and in any company, bit for bit, with the CPU kernels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -276,14 +276,12 @@ class Engine:
             for ask, token in zip(asks, tokens):
                 s, _, drafts = ask
                 chosen.setdefault(s, []).append(token)
-                over = s.chooser.failed or token in s.chooser.options.stop_token_ids or token in self._ends_of(s)
+                o = s.chooser.options
+                over = s.chooser.failed or token in o.stop_token_ids or token in self._ends(o)
                 if place < len(drafts) and drafts[place] == token and not over:
                     going.append(ask)
             asks, place = going, place + 1
         return told
-
-    def _ends_of(self, s: Sequence) -> list[int]:
-        return self._ends(s.group.request.sampling)
 
     def _take(self, s: Sequence, tokens: list[int], logprobs: list[TokenLogprob]) -> Pieces:
         """The sequence goes on by these tokens: what there is to tell."""
@@ -398,13 +396,18 @@ class Engine:
 
     def run(self, requests: list[Request], each: Callable[[int, Output], None]) -> None:
         """All requests to their end; each(i, piece) gets what is new of request i."""
+        for i, piece in self.stream(requests):
+            each(i, piece)
+
+    def stream(self, requests: list[Request]) -> Iterator[tuple[int, Output]]:
+        """All requests to their end: (i, piece) is what is new of request i. Whoever stops listening ends them."""
         groups: dict[Group, int] = {}
         try:
             for i, request in enumerate(requests):
                 groups[self.add(request)] = i
             while self.has_work:
                 for group, piece in self.step():
-                    each(groups[group], piece)
+                    yield groups[group], piece
         finally:
             for group in groups:
                 self.abort(group)

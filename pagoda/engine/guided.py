@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, optional
 from pagoda.data.tokenizer import Tokenizer
 from pagoda.engine.options import Guided
 
@@ -26,7 +26,7 @@ class Guides:
 
     def grammar(self, guided: Guided) -> str:
         """What was asked for, in the package's terms. Raises PagodaError for a schema or pattern without sense."""
-        guidance = _package()
+        guidance = optional("llguidance", "serve")
         if self.vocabulary is None:
             text = self.tokenizer.backend.to_str()
             self.vocabulary = guidance.LLTokenizer(text, n_vocab=self.vocab_size, eos_token=self.tokenizer.eos_ids)
@@ -54,7 +54,8 @@ class Guides:
         return grammar
 
     def guide(self, guided: Guided) -> Guide:
-        return Guide(_package().LLMatcher(self.vocabulary, self.grammar(guided)))
+        grammar = self.grammar(guided)
+        return Guide(optional("llguidance", "serve").LLMatcher(self.vocabulary, grammar))
 
 
 class Guide:
@@ -77,11 +78,3 @@ class Guide:
     def finished(self) -> bool:
         """Whether nothing but the end can follow."""
         return self.matcher.is_stopped()
-
-
-def _package() -> Any:
-    try:
-        import llguidance
-    except ImportError:
-        raise PagodaError('guided output needs llguidance: pip install "pagoda-llm[serve]"') from None
-    return llguidance

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from pagoda.common import PagodaError, resolve_device, resolve_dtype
+from pagoda.common import PagodaError, read_json, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.engine.engine import Engine, Timing
 from pagoda.engine.options import EngineOptions, Sampling, Weights
-from pagoda.engine.request import Group, Output, Request, TokenLogprob
+from pagoda.engine.request import Output, Request, TokenLogprob
 from pagoda.models.download import ADAPTER, resolve
 from pagoda.models.gpt import GPT
-from pagoda.models.loader import load, read_json
+from pagoda.models.loader import load
 from pagoda.ops.cpu import kernels
 from pagoda.peft.files import load_adapter
 
@@ -129,22 +129,13 @@ class LLM:
 
     def _run(self, prompts: list[list[int]], options: Sampling) -> Iterator[tuple[int, Output]]:
         """(index, piece) as the answers go on."""
-        engine = self.engine
-        engine.timing = self.timing = Timing()
+        self.engine.timing = self.timing = Timing()
         if not prompts:
             raise PagodaError("no prompt: give at least one")
-        groups: dict[Group, int] = {}
-        try:
-            for i, prompt in enumerate(prompts):
-                groups[engine.add(Request(prompt, options))] = i
-            while engine.has_work:
-                for group, piece in engine.step():
-                    if piece.error:
-                        raise PagodaError(piece.error)
-                    yield groups[group], piece
-        finally:
-            for group in groups:
-                engine.abort(group)
+        for i, piece in self.engine.stream([Request(prompt, options) for prompt in prompts]):
+            if piece.error:
+                raise PagodaError(piece.error)
+            yield i, piece
 
 
 def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Path]:

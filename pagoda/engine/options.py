@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, demand
 
 MOST_ANSWERS = 128  # to one request
 MOST_LOGPROBS = 20  # alternatives reported for a token
@@ -87,31 +87,28 @@ class Sampling:
 
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        for name, ok, what in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
-            ("n", 1 <= self.n <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
-            ("best_of", self.best_of == 0 or self.n <= self.best_of <= MOST_ANSWERS, f"n to {MOST_ANSWERS}, or 0"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
-            (
-                "prompt_logprobs",
+        demand(
+            self,
+            max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
+            temperature=(self.temperature >= 0, "0 or more"),
+            top_k=(self.top_k >= 0, "0 (off) or more"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1"),
+            min_p=(0 <= self.min_p <= 1, "between 0 and 1"),
+            repetition_penalty=(0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
+            presence_penalty=(-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            frequency_penalty=(-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            seed=(self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            min_new_tokens=(0 <= self.min_new_tokens <= self.max_new_tokens, "between 0 and max_new_tokens"),
+            n=(1 <= self.n <= MOST_ANSWERS, f"between 1 and {MOST_ANSWERS}"),
+            best_of=(self.best_of == 0 or self.n <= self.best_of <= MOST_ANSWERS, f"n to {MOST_ANSWERS}, or 0"),
+            logprobs=(self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
+            prompt_logprobs=(
                 self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MOST_LOGPROBS,
                 f"0 to {MOST_LOGPROBS}",
             ),
-            ("beam_width", self.beam_width == 0 or self.n <= self.beam_width <= MOST_ANSWERS, f"n to {MOST_ANSWERS}"),
-            ("length_penalty", -10 <= self.length_penalty <= 10, "between -10 and 10"),
-        ):
-            value = getattr(self, name)
-            if not ok or (isinstance(value, float) and not math.isfinite(value)):
-                raise PagodaError(f"{name} must be {what}, not {value}")
+            beam_width=(self.beam_width == 0 or self.n <= self.beam_width <= MOST_ANSWERS, f"n to {MOST_ANSWERS}"),
+            length_penalty=(-10 <= self.length_penalty <= 10, "between -10 and 10"),
+        )
         # Scores over less would be infinite, and less than any weight is none: both mean the likeliest token.
         self.temperature = self.temperature if self.temperature >= 1e-4 else 0.0
         self.top_p = max(self.top_p, 1e-6)
@@ -174,12 +171,11 @@ class EngineOptions:
     n_draft: int = 4
 
     def __post_init__(self):
-        for name, ok, what in (
-            ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
-            ("max_step_tokens", self.max_step_tokens >= 128, "at least 128"),
-            ("kv_memory", 0 <= self.kv_memory < math.inf, "0 (as much as fits) or more GiB"),
-            ("max_queue", self.max_queue >= 0, "0 or more"),
-            ("n_draft", 1 <= self.n_draft <= 7, "between 1 and 7"),
-        ):
-            if not ok:
-                raise PagodaError(f"{name} must be {what}, not {getattr(self, name)}")
+        demand(
+            self,
+            max_num_seqs=(self.max_num_seqs >= 1, "at least 1"),
+            max_step_tokens=(self.max_step_tokens >= 128, "at least 128"),
+            kv_memory=(0 <= self.kv_memory < math.inf, "0 (as much as fits) or more GiB"),
+            max_queue=(self.max_queue >= 0, "0 or more"),
+            n_draft=(1 <= self.n_draft <= 7, "between 1 and 7"),
+        )

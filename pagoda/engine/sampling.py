@@ -14,7 +14,6 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pagoda.common import PagodaError
 from pagoda.engine.guided import Guide
 from pagoda.engine.options import Sampling
 from pagoda.engine.request import TokenLogprob
@@ -46,8 +45,6 @@ class Chooser:
             self.counts = torch.zeros(vocab_size)
         if options.logit_bias:
             tokens, values = zip(*options.logit_bias.items())
-            if bad := [t for t in tokens if not 0 <= t < vocab_size]:
-                raise PagodaError(f"logit_bias names token {bad[0]}, outside the vocabulary of {vocab_size}")
             self.bias = torch.tensor(tokens), torch.tensor(values, dtype=torch.float32)
 
     @property

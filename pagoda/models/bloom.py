@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, only, size_table
+from pagoda.models.config import Config, config_of, only, size_table
 from pagoda.models.gpt import GPT
 
 
@@ -41,8 +41,8 @@ class Bloom(GPT):
     def read_config(cls, hf: dict[str, Any]) -> Config:
         only(hf, apply_residual_connection_post_layernorm=False)
         n_embd = hf.get("n_embed") or hf["hidden_size"]
-        return Config(
-            vocab_size=hf["vocab_size"],
+        return config_of(
+            hf,
             n_layer=hf.get("num_hidden_layers") or hf["n_layer"],
             n_head=hf.get("num_attention_heads") or hf["n_head"],
             n_embd=n_embd,
@@ -58,8 +58,6 @@ class Bloom(GPT):
             mlp="plain",
             mlp_bias=True,
             activation="gelu_tanh",
-            tie_embeddings=hf["tie_word_embeddings"],
-            init_std=hf["initializer_range"],
         )
 
 

@@ -45,7 +45,7 @@ class Config:
     # Positions
     positions: str = "rotary"  # rotary | learned | alibi
     position_offset: int = 0  # added to learned positions (OPT: 2)
-    rotary_dim: int = 0  # how much of a head rotates; 0: all of it
+    rotary_dim: int = 0  # how much of a head rotates; 0: what rope says, or all of it
     rope: dict[str, Any] = field(default_factory=dict)  # rope_type, rope_theta, factor, ... (models/rope.py)
     rope_local: dict[str, Any] | None = None  # the same for layers with a window, where it differs (Gemma 3)
 
@@ -82,9 +82,27 @@ class Config:
                 raise PagodaError(f"{name} must be a whole number above 0, not {size!r}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
-        self.rotary_dim = self.rotary_dim or self.head_size
+        self.rotary_dim = self.rotary_dim or int(self.head_size * self.rope.get("partial_rotary_factor", 1.0))
         self.attn_scale = self.attn_scale or self.head_size**-0.5
         self.windows = self.windows or (0,) * self.n_layer
+
+
+# Our fields that most configurations spell alike.
+COMMON_KEYS = {
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "block_size": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+
+
+def config_of(hf: dict[str, Any], **own: Any) -> Config:
+    """The fields that a family states, the others from COMMON_KEYS."""
+    return Config(**{field: hf[key] for field, key in COMMON_KEYS.items() if field not in own}, **own)
 
 
 def rope_params(hf: dict[str, Any], theta: float = 10000.0, partial: float = 1.0) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, activation_name, only, rope_params, size_table
+from pagoda.models.bloom import Bloom
+from pagoda.models.config import Config, activation_name, config_of, only, rope_params, size_table
 from pagoda.models.gpt import GPT
 
 
@@ -30,17 +31,7 @@ class Falcon(GPT):
         "activation": "gelu",
         "tie_word_embeddings": True,
     }
-    names = {
-        "embed": "transformer.word_embeddings",
-        "layers.{}.norm_1": "transformer.h.{}.input_layernorm",
-        "layers.{}.attn.qkv_proj": "transformer.h.{}.self_attention.query_key_value",
-        "layers.{}.attn.o_proj": "transformer.h.{}.self_attention.dense",
-        "layers.{}.norm_2": "transformer.h.{}.post_attention_layernorm",
-        "layers.{}.mlp.up_proj": "transformer.h.{}.mlp.dense_h_to_4h",
-        "layers.{}.mlp.down_proj": "transformer.h.{}.mlp.dense_4h_to_h",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    }
+    names = Bloom.names
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
@@ -49,14 +40,11 @@ class Falcon(GPT):
             only(hf, parallel_attn=True)
         n_kv_head = 1 if hf["multi_query"] and not new else hf.get("num_kv_heads") if new else n_head
         n_embd = hf.get("n_embed") or hf["hidden_size"]
-        return Config(
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["num_hidden_layers"],
-            n_head=n_head,
+        return config_of(
+            hf,
             n_kv_head=n_kv_head or n_head,
             n_embd=n_embd,
             intermediate_size=hf.get("ffn_hidden_size") or 4 * n_embd,
-            block_size=hf["max_position_embeddings"],
             norm="layer",
             norm_eps=hf["layer_norm_epsilon"],
             parallel_residual=hf["parallel_attn"],
@@ -69,8 +57,6 @@ class Falcon(GPT):
             mlp="plain",
             mlp_bias=hf["bias"],
             activation=activation_name(hf["activation"]),
-            tie_embeddings=hf["tie_word_embeddings"],
-            init_std=hf["initializer_range"],
         )
 
     def __init__(self, config: Config):

@@ -97,11 +97,7 @@ class Gemma3(GPT):
         "num_attention_heads": 8,
         "max_position_embeddings": 131072,
     }
-    names = {
-        **_POST_NORM_NAMES,
-        "layers.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
-        "layers.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
-    }
+    names = _POST_NORM_NAMES
     prefixes = (
         ("model.", "language_model.model."),
         ("model.", "model.language_model."),

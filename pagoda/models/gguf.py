@@ -2,8 +2,7 @@
 
 `read_gguf` maps the file and parses the header: `.metadata` (a dict) and `.tensors` (name -> `GGUFTensor`). Nothing of
 a tensor is read before its `.data` is touched. `hf_config` turns the metadata into the dict of a `config.json`,
-`hf_tensors` yields every tensor under the name that transformers gives it, `dequantize` unpacks blocks to floats, and
-`release` gives the mapped pages of a used-up tensor back to the system, because mapped pages count as memory.
+`hf_tensors` yields every tensor under the name that transformers gives it, and `dequantize` unpacks blocks to floats.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads the same files, but takes
 two seconds on a vocabulary of 49k tokens; it serves here for the k-quants, and in the tests as the reference.
@@ -299,13 +298,6 @@ def _unpack(raw: torch.Tensor, type_name: str) -> torch.Tensor:
     return result.view(raw.shape[0], -1)
 
 
-def release(tensor: GGUFTensor) -> None:
-    """Drop the tensor's mapped pages from memory; they are read from the file again if they are touched again."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        tensor.mapping.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
-
-
 # In Hugging Face's terms ------------------------------------------------------------
 
 ARCHITECTURES = {  # general.architecture -> (model_type, class)
@@ -383,12 +375,16 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
 
 def _rope_scaling(gguf: GGUF, arch: str, config: dict) -> dict[str, Any] | None:
     """transformers' `rope_scaling`, from the metadata or from the tensor of factors that Llama 3.1 and later carry."""
+    from pagoda.models.rope import Rope
+
     meta, prefix = gguf.metadata, f"{arch}.rope.scaling."
     if "rope_freqs.weight" in gguf.tensors:
         factors = dequantize(gguf.tensors["rope_freqs.weight"]).double().numpy()
         scaling = {"rope_type": "llama3", "factor": round(float(factors.max()), 4)}
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        if np.allclose(factors, _llama3_factors(scaling, config), rtol=1e-3):
+        plain = {"rope_theta": config["rope_theta"]}
+        inverse = [Rope(p, config["head_dim"], 8192).frequencies()[0].numpy() for p in (plain, plain | scaling)]
+        if np.allclose(factors, inverse[0] / inverse[1], rtol=1e-3):
             return scaling
         # Not Llama 3's own parameters: longrope divides each frequency by a factor of its own, which says the same.
         factors = factors.tolist()
@@ -409,15 +405,6 @@ def _rope_scaling(gguf: GGUF, arch: str, config: dict) -> dict[str, Any] | None:
         original = meta.get(prefix + "original_context_length", config["max_position_embeddings"])
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     raise PagodaError(f"{gguf.path}: unsupported rotary scaling {kind!r}; supported: linear, yarn, llama3")
-
-
-def _llama3_factors(scaling: dict, config: dict) -> np.ndarray:
-    """What each rotary frequency is divided by, (head_dim / 2,): transformers' `_compute_llama3_parameters`."""
-    head_dim, original = config["head_dim"], scaling["original_max_position_embeddings"]
-    turns = original / (2 * math.pi) * config["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def hf_name(name: str) -> str | None:

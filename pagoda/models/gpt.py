@@ -336,15 +336,9 @@ class GPT(nn.Module):
         for name, weight in self.fresh_weights(generator):
             self.get_parameter(name).copy_(weight)
 
-    def n_params(self, embeddings: bool = True) -> int:
-        """Number of parameters, shared ones once; without the embeddings as scaling laws count them."""
-        weights = {id(w): n_elements(w) for _, w in weights_of(self)}
-        n = sum(weights.values())
-        if not embeddings:
-            n -= n_elements(self.embed.weight) + (
-                n_elements(self.pos_embed.weight) if hasattr(self, "pos_embed") else 0
-            )
-        return n
+    def n_params(self) -> int:
+        """Number of parameters, shared ones once."""
+        return sum({id(w): n_elements(w) for _, w in weights_of(self)}.values())
 
     def flops_per_token(self, seq_len: int) -> float:
         """Operations of a token's forward pass at a context of seq_len: 2 per weight used, and attention's."""

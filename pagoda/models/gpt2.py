@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, activation_name, only, size_table
+from pagoda.models.config import Config, activation_name, config_of, only, size_table
 from pagoda.models.gpt import GPT, Attention, Block
 
 
@@ -57,8 +57,8 @@ class GPT2(GPT):
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
         only(hf, add_cross_attention=False)
-        return Config(
-            vocab_size=hf["vocab_size"],
+        return config_of(
+            hf,
             n_layer=hf["n_layer"],
             n_head=hf["n_head"],
             n_embd=hf["n_embd"],
@@ -74,8 +74,6 @@ class GPT2(GPT):
             mlp="plain",
             mlp_bias=True,
             activation=activation_name(hf["activation_function"]),
-            tie_embeddings=hf["tie_word_embeddings"],
-            init_std=hf["initializer_range"],
         )
 
 

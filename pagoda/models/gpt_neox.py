@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, activation_name, rope_params, size_table
+from pagoda.models.config import Config, activation_name, config_of, rope_params, size_table
 from pagoda.models.gpt import GPT
 
 
@@ -43,27 +43,18 @@ class GPTNeoX(GPT):
     def read_config(cls, hf: dict[str, Any]) -> Config:
         base = hf.get("rotary_emb_base") or hf.get("rope_theta") or 10000.0
         partial = hf.get("rotary_pct")
-        rope = rope_params({**hf, "rope_theta": base, "partial_rotary_factor": partial}, partial=0.25)
-        return Config(
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_embd=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            block_size=hf["max_position_embeddings"],
+        return config_of(
+            hf,
             norm="layer",
             norm_eps=hf["layer_norm_eps"],
             parallel_residual=hf["use_parallel_residual"],
-            rope=rope,
-            rotary_dim=int(hf["hidden_size"] // hf["num_attention_heads"] * rope["partial_rotary_factor"]),
+            rope=rope_params({**hf, "rope_theta": base, "partial_rotary_factor": partial}, partial=0.25),
             qkv="grouped",
             qkv_bias=hf["attention_bias"],
             attn_bias=hf["attention_bias"],
             mlp="plain",
             mlp_bias=True,
             activation=activation_name(hf["hidden_act"]),
-            tie_embeddings=hf["tie_word_embeddings"],
-            init_std=hf["initializer_range"],
         )
 
 

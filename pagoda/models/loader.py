@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from pagoda.common import PagodaError, replacing
-from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf, release
+from pagoda.common import PagodaError, read_json, replacing
+from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
 from pagoda.models.registry import from_hf_config
@@ -151,7 +151,8 @@ class GGUFFile:
         return pack_gguf(tensor.data, tensor.type, tensor.shape, rows, dtype)
 
     def release(self, name: str) -> None:
-        release(self._tensors[name][0])
+        tensor, _ = self._tensors[name]
+        release_pages(tensor.mapping, tensor.offset, tensor.offset + tensor.nbytes)
 
 
 def release_pages(mapping: mmap.mmap, start: int, end: int) -> None:
@@ -168,20 +169,6 @@ def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps the holes that conversions leave between the weights."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PagodaError(f"{path.parent}: no {path.name} there; a model directory needs one") from None
-    except OSError as e:
-        raise PagodaError(f"cannot read {path}: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise PagodaError(f"{path}: not valid JSON ({e}); download or copy it again") from None
-    if not isinstance(data, dict):
-        raise PagodaError(f"{path}: not a JSON object; download or copy it again")
-    return data
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -248,10 +235,7 @@ def stream(model: GPT, path: str | Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter, in the model's order, read from a checkpoint one after the other."""
     path = Path(path)
     checkpoint = open_checkpoint(path)
-    names = checkpoint.names()
-    sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
-    check_complete(model, path, {name for parts in sources.values() for name in flatten(parts)}, names)
-    for param, parts in sources.items():
+    for param, parts in find_weights(model, checkpoint, path).items():
         yield param, read_parameter(checkpoint, parts, checkpoint.dtype, is_transposed(model, param))
         for name in flatten(parts):
             checkpoint.release(name)
@@ -267,12 +251,8 @@ def fill(
     quantize: str | None,
 ) -> None:
     """Replace the meta parameters of a model by those of a checkpoint, one after the other."""
-    names = checkpoint.names()
-    sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
-    wanted = {name for parts in sources.values() for name in flatten(parts)}
-    check_complete(model, path, wanted, names)
     converted = 0
-    for param, parts in sources.items():
+    for param, parts in find_weights(model, checkpoint, path).items():
         module, leaf = model.get_submodule(param.rpartition(".")[0]), param.rpartition(".")[2]
         shape = getattr(module, leaf).shape
         format = pack_format(model, param, quantize)
@@ -389,9 +369,12 @@ def read_experts(checkpoint: Checkpoint, parts: list[list[str]], dtype: torch.dt
     return out
 
 
-def check_complete(model: GPT, path: Path, wanted: set[str], names: set[str]) -> None:
-    """Every weight that the model has is there, and nothing else but what is known to be of no use."""
-    problems = []
+def find_weights(model: GPT, checkpoint: Checkpoint, path: Path) -> dict[str, str | list[list[str]]]:
+    """What this file calls each of our parameters. PagodaError unless all are there, and nothing else but what is known
+    to be of no use."""
+    names, problems = checkpoint.names(), []
+    sources = {param: resolve(model, parts, names) for param, parts in checkpoint_names(model).items()}
+    wanted = {name for parts in sources.values() for name in flatten(parts)}
     if missing := wanted - names:
         problems.append(f"missing weights: {listed(list(missing))}")
     unexpected = {n for n in names - wanted if not IGNORED.search(n)}
@@ -403,6 +386,7 @@ def check_complete(model: GPT, path: Path, wanted: set[str], names: set[str]) ->
         problems.append(f"unexpected weights: {listed(list(unexpected))}")
     if problems:
         raise PagodaError(f"{path}: does not match its configuration: {'; '.join(problems)}")
+    return sources
 
 
 def save(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pagoda.models.batch import Batch
-from pagoda.models.config import Config, activation_name, only, size_table
+from pagoda.models.config import Config, activation_name, config_of, only, size_table
 from pagoda.models.gpt import GPT, Block
 from pagoda.models.layers import Embedding, Linear
 
@@ -63,13 +63,9 @@ class OPT(GPT):
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
         only(hf, layer_norm_elementwise_affine=True)
-        return Config(
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_embd=hf["hidden_size"],
+        return config_of(
+            hf,
             intermediate_size=hf["ffn_dim"],
-            block_size=hf["max_position_embeddings"],
             norm="layer",
             norm_eps=1e-5,
             final_norm=hf["do_layer_norm_before"] and not hf["_remove_final_layer_norm"],
@@ -80,7 +76,6 @@ class OPT(GPT):
             mlp="plain",
             mlp_bias=hf["enable_bias"],
             activation=activation_name(hf["activation_function"]),
-            tie_embeddings=hf["tie_word_embeddings"],
             init_std=hf["init_std"],
         )
 

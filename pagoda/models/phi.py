@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, activation_name, only, rope_params, size_table
+from pagoda.models.config import Config, activation_name, config_of, only, rope_params, size_table
 from pagoda.models.gpt import GPT
+from pagoda.models.llama import LLAMA_NAMES
 
 
 class Phi(GPT):
@@ -26,46 +27,31 @@ class Phi(GPT):
         "tie_word_embeddings": False,
     }
     names = {
-        "embed": "model.embed_tokens",
-        "layers.{}.norm_1": "model.layers.{}.input_layernorm",
-        "layers.{}.attn.q_proj": "model.layers.{}.self_attn.q_proj",
-        "layers.{}.attn.k_proj": "model.layers.{}.self_attn.k_proj",
-        "layers.{}.attn.v_proj": "model.layers.{}.self_attn.v_proj",
+        **LLAMA_NAMES,
         "layers.{}.attn.o_proj": "model.layers.{}.self_attn.dense",
         "layers.{}.mlp.up_proj": "model.layers.{}.mlp.fc1",
         "layers.{}.mlp.down_proj": "model.layers.{}.mlp.fc2",
         "norm": "model.final_layernorm",
-        "head": "lm_head",
     }
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
         only(hf, qk_layernorm=False)
-        rope = rope_params(hf, partial=0.5)
-        head_size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-        return Config(
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            n_embd=hf["hidden_size"],
-            head_size=head_size,
-            intermediate_size=hf["intermediate_size"],
-            block_size=hf["max_position_embeddings"],
+        return config_of(
+            hf,
+            n_kv_head=hf.get("num_key_value_heads") or 0,
+            head_size=hf.get("head_dim") or 0,
             norm="layer",
             norm_eps=hf["layer_norm_eps"],
             parallel_residual=True,
             shared_norm=True,
-            rope=rope,
-            rotary_dim=int(head_size * rope["partial_rotary_factor"]),
+            rope=rope_params(hf, partial=0.5),
             qkv_bias=True,
             attn_bias=True,
             mlp="plain",
             mlp_bias=True,
             activation=activation_name(hf["hidden_act"]),
-            tie_embeddings=hf["tie_word_embeddings"],
             head_bias=True,
-            init_std=hf["initializer_range"],
         )
 
 

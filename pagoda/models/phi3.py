@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagoda.models.config import Config, activation_name, rope_params, size_table
+from pagoda.models.config import Config, rope_params, size_table
 from pagoda.models.gpt import GPT
-from pagoda.models.llama import LLAMA_DEFAULTS, LLAMA_NAMES
+from pagoda.models.llama import LLAMA_DEFAULTS, LLAMA_NAMES, llama_config
 
 
 class Phi3(GPT):
@@ -35,26 +35,8 @@ class Phi3(GPT):
         rope = rope_params(hf)
         if rope["rope_type"] in ("su", "yarn"):  # what the first configurations called longrope
             rope["rope_type"] = "longrope"
-        head_size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-        return Config(
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            n_embd=hf["hidden_size"],
-            head_size=head_size,
-            intermediate_size=hf["intermediate_size"],
-            block_size=hf["max_position_embeddings"],
-            norm_eps=hf["rms_norm_eps"],
-            rope=rope,
-            rotary_dim=int(head_size * rope["partial_rotary_factor"]),
-            qkv="concatenated",
-            windows=(hf.get("sliding_window") or 0,) * hf["num_hidden_layers"],
-            mlp="gated_fused",
-            activation=activation_name(hf["hidden_act"]),
-            tie_embeddings=hf["tie_word_embeddings"],
-            init_std=hf["initializer_range"],
-        )
+        windows = (hf.get("sliding_window") or 0,) * hf["num_hidden_layers"]
+        return llama_config(hf, rope=rope, qkv="concatenated", windows=windows, mlp="gated_fused")
 
 
 _MINI = (32, 32, 32, 3072, 8192, 32064, 4096, {"sliding_window": 2047})

@@ -40,20 +40,13 @@ class Qwen2(GPT):
         return llama_config(hf, qkv_bias=True, windows=_windows(hf))
 
 
-_QWEN3_NAMES = {
-    **LLAMA_NAMES,
-    "layers.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
-    "layers.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
-}
-
-
 class Qwen3(GPT):
     """Qwen 3, the dense models."""
 
     model_types = ("qwen3",)
     architectures = ("Qwen3ForCausalLM",)
     defaults = {**_DEFAULTS, "head_dim": 128, "attention_bias": False}
-    names = _QWEN3_NAMES
+    names = LLAMA_NAMES
 
     @classmethod
     def read_config(cls, hf: dict[str, Any]) -> Config:
@@ -79,7 +72,7 @@ class Qwen3MoE(GPT):
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
     }
-    names = {**_QWEN3_NAMES, "layers.{}.mlp.router": "model.layers.{}.mlp.gate"}
+    names = {**LLAMA_NAMES, "layers.{}.mlp.router": "model.layers.{}.mlp.gate"}
     expert_names = {
         "layers.{}.mlp.gate_up": (
             "model.layers.{}.mlp.experts.{}.gate_proj.weight",

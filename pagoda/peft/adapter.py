@@ -8,6 +8,7 @@ uses the names of transformers' modules, translated through the family's table, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
@@ -67,7 +68,7 @@ class Method:
         return kind(**values)
 
     def lr_scale(self, name: str) -> float:
-        """What a parameter's learning rate is multiplied by; name as in `model.named_parameters()`."""
+        """Its part of what `lr_scale` below says of a parameter."""
         return 1.0
 
     def extra_loss(self) -> Tensor | float:
@@ -231,15 +232,9 @@ def trainable_parameters(model: GPT) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def groups(model: GPT) -> list[dict[str, Any]]:
-    """What trains, by learning rate: [{"params": [(name, parameter), ...], "lr_scale": float}, ...]."""
-    by_scale: dict[float, list] = {}
-    for name, p in trainable_parameters(model):
-        scale = 1.0
-        for method in adapters(model):
-            scale *= method.lr_scale(name)
-        by_scale.setdefault(scale, []).append((name, p))
-    return [{"params": params, "lr_scale": scale} for scale, params in by_scale.items()]
+def lr_scale(model: GPT, name: str) -> float:
+    """What a parameter's learning rate is multiplied by; name as in `model.named_parameters()`."""
+    return math.prod(method.lr_scale(name) for method in adapters(model))
 
 
 def extra_loss(model: GPT) -> Tensor | float:

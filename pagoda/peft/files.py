@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagoda.common import PagodaError, replacing
+from pagoda.common import PagodaError, read_json, replacing
 from pagoda.models.gpt import GPT
-from pagoda.models.loader import listed, read_json
+from pagoda.models.loader import listed
 from pagoda.peft.adapter import PREFIX, Method, adapters, code_of, put_on
 from pagoda.peft.options import METHODS, LlamaAdapter, Options
 

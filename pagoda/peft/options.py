@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pagoda.common import PagodaError, did_you_mean
+from pagoda.common import PagodaError, demand, did_you_mean, one_of
 
 
 class Options:
@@ -25,16 +25,13 @@ class Options:
     def names_in_peft(cls) -> dict[str, str]:
         return dict(pair.split("=") for pair in cls.peft_names.split())
 
-    def require(self, good: bool, what: str) -> None:
-        if not good:
-            raise PagodaError(what)
-
-    def require_whole(self, *names: str) -> None:
-        for name in names:
-            self.require(getattr(self, name) >= 1, f"{name} must be a whole number above 0, not {getattr(self, name)}")
-
-    def require_dropout(self) -> None:
-        self.require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+    def __post_init__(self):
+        """What holds for whatever options of these names a method has."""
+        for name in ("rank", "init_rank", "every", "size", "length", "n_virtual"):
+            if hasattr(self, name):
+                demand(self, **{name: (getattr(self, name) >= 1, "a whole number above 0")})
+        if hasattr(self, "dropout"):
+            demand(self, dropout=(0 <= self.dropout < 1, "at least 0 and below 1"))
 
 
 @dataclass
@@ -66,9 +63,8 @@ class LoRA(Options):
     plus_ratio: float = 1.0
 
     def __post_init__(self):
-        self.require_whole("rank")
-        self.require_dropout()
-        self.require(self.plus_ratio > 0, f"plus_ratio must be above 0, not {self.plus_ratio}")
+        super().__post_init__()
+        demand(self, plus_ratio=(self.plus_ratio > 0, "above 0"))
 
 
 @dataclass
@@ -110,9 +106,8 @@ class AdaLoRA(Options):
     total_steps: int = 0
 
     def __post_init__(self):
-        self.require_whole("rank", "init_rank", "every")
-        self.require_dropout()
-        self.require(self.rank <= self.init_rank, f"rank {self.rank} is above init_rank {self.init_rank}")
+        super().__post_init__()
+        demand(self, rank=(self.rank <= self.init_rank, f"at most init_rank {self.init_rank}"))
 
 
 @dataclass
@@ -158,11 +153,8 @@ class Houlsby(Options):
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.require_whole("size")
-        self.require_dropout()
-        self.require(
-            self.activation in ("gelu", "relu", "silu"), f"activation is gelu, relu or silu, not '{self.activation}'"
-        )
+        super().__post_init__()
+        one_of("activation", self.activation, ("gelu", "relu", "silu"))
 
 
 @dataclass
@@ -205,8 +197,8 @@ class LlamaAdapter(Options):
     layers: int = 0
 
     def __post_init__(self):
-        self.require_whole("length")
-        self.require(self.layers >= 0, f"layers must not be negative, but is {self.layers}")
+        super().__post_init__()
+        demand(self, layers=(self.layers >= 0, "0 or more"))
 
 
 @dataclass
@@ -234,9 +226,6 @@ class Prefix(Options):
     n_virtual: int = 20
     projection: bool = True
     hidden: int = 0
-
-    def __post_init__(self):
-        self.require_whole("n_virtual")
 
 
 @dataclass
@@ -267,8 +256,8 @@ class Prompt(Options):
     init: str = "vocab"
 
     def __post_init__(self):
-        self.require_whole("n_virtual")
-        self.require(self.init in ("vocab", "random"), f"init is vocab or random, not '{self.init}'")
+        super().__post_init__()
+        one_of("init", self.init, ("vocab", "random"))
 
 
 @dataclass
@@ -297,9 +286,9 @@ class PTuning(Options):
     dropout: float = 0.0
 
     def __post_init__(self):
-        self.require_whole("n_virtual", "layers")
-        self.require_dropout()
-        self.require(self.encoder in ("mlp", "lstm"), f"encoder is mlp or lstm, not '{self.encoder}'")
+        super().__post_init__()
+        demand(self, layers=(self.layers >= 1, "a whole number above 0"))
+        one_of("encoder", self.encoder, ("mlp", "lstm"))
 
 
 METHODS: dict[str, type[Options]] = {

@@ -25,29 +25,27 @@ EMBEDDINGS = "prompt_embeddings"  # the one tensor in PEFT's files
 
 
 class Virtual(nn.Module):
-    """n virtual tokens: `embeddings()` (n, n_embd) and, for a prefix, `keys_values()` (n, n_layer, 2, heads, size)."""
+    """n virtual tokens. What `made` gives are their embeddings (n, n_embd), or with a `shape` a prefix's keys and
+    values: (n, n_layer, 2, n_kv_head, head_size)."""
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, shape: tuple[int, ...] | None):
         super().__init__()
-        self.n = n
+        self.n, self.shape = n, shape
 
-    def embeddings(self) -> Tensor | None:
-        return None
-
-    def keys_values(self) -> Tensor | None:
-        return None
+    def made(self) -> Tensor:
+        """(n, width)"""
+        raise NotImplementedError
 
     def forward(self, model: GPT, tokens: Tensor, batch: Batch) -> tuple[Tensor, Batch, Tensor]:
         """The stream with the virtual tokens in it: embeddings, its batch, and where the real tokens are."""
         x = tokens if tokens.is_floating_point() else model.embed(tokens)
         longer, order = lengthen(batch, self.n)
-        before = self.embeddings()
-        before = x.new_zeros(self.n, x.shape[1]) if before is None else before.to(x.dtype)
-        real = order >= self.n
-        own = self.keys_values()
-        if own is not None:
-            rows = (~real).nonzero()[:, 0]
-            layers = own.to(model.compute_dtype or x.dtype)[order[rows]].unbind(1)
+        made, real = self.made(), order >= self.n
+        if self.shape is None:
+            before = made.to(x.dtype)
+        else:
+            before, rows = x.new_zeros(self.n, x.shape[1]), (~real).nonzero()[:, 0]
+            layers = made.view(self.shape).to(model.compute_dtype or x.dtype)[order[rows]].unbind(1)
             longer.virtual = VirtualKV(rows, [(kv[:, 0], kv[:, 1]) for kv in layers])
         return torch.cat([before, x])[order], longer, real.nonzero()[:, 0]
 
@@ -84,41 +82,31 @@ def lengthen(batch: Batch, n: int) -> tuple[Batch, Tensor]:
 
 
 class Plain(Virtual):
-    """Embeddings, or a prefix's keys and values, that are parameters themselves."""
+    """The parameters themselves."""
 
     def __init__(self, weight: Tensor, shape: tuple[int, ...] | None = None):
-        super().__init__(len(weight))
-        self.prompt_embeddings, self.shape = nn.Parameter(weight), shape
+        super().__init__(len(weight), shape)
+        self.prompt_embeddings = nn.Parameter(weight)
 
-    def embeddings(self) -> Tensor | None:
-        return self.prompt_embeddings if self.shape is None else None
-
-    def keys_values(self) -> Tensor | None:
-        return None if self.shape is None else self.prompt_embeddings.view(self.shape)
+    def made(self) -> Tensor:
+        return self.prompt_embeddings
 
 
 class Encoded(Virtual):
-    """The same, made by a network from embeddings of its own; modules and names are those of PEFT's encoders."""
+    """Made by a network from embeddings of its own; modules and names are those of PEFT's encoders."""
 
     def __init__(self, n: int, width: int, head: nn.Module, lstm: nn.LSTM | None, shape: tuple[int, ...] | None = None):
-        super().__init__(n)
+        super().__init__(n, shape)
         self.embedding = nn.Embedding(n, width)
         if lstm is not None:
             self.lstm_head = lstm
         self.add_module("mlp_head" if shape is None else "transform", head)
-        self.shape = shape
 
-    def encode(self) -> Tensor:
+    def made(self) -> Tensor:
         x = self.embedding.weight
         if hasattr(self, "lstm_head"):
             x = self.lstm_head(x[None])[0][0]
         return (self.mlp_head if self.shape is None else self.transform)(x)
-
-    def embeddings(self) -> Tensor | None:
-        return self.encode() if self.shape is None else None
-
-    def keys_values(self) -> Tensor | None:
-        return None if self.shape is None else self.encode().view(self.shape)
 
 
 class VirtualMethod(adapter.Method):
@@ -143,7 +131,7 @@ class VirtualMethod(adapter.Method):
         raise NotImplementedError
 
     def plain(self) -> Virtual:
-        return Plain(torch.empty(self.options.n_virtual, self.model.config.n_embd))
+        return Plain(torch.randn(self.options.n_virtual, self.model.config.n_embd))
 
     def named(self) -> dict[str, Tensor]:
         start = "" if isinstance(self.model.virtual, Plain) else "encoder."
@@ -152,9 +140,7 @@ class VirtualMethod(adapter.Method):
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
         """PEFT's one tensor, and for going on training the encoder behind it, which PEFT passes over."""
-        virtual = self.model.virtual
-        made = virtual.embeddings() if virtual.keys_values() is None else virtual.keys_values()
-        return {**super().state(), EMBEDDINGS: made.flatten(1).detach()}
+        return {**super().state(), EMBEDDINGS: self.model.virtual.made().detach()}
 
     def config(self) -> dict[str, Any]:
         c = self.model.config
@@ -166,7 +152,7 @@ class PromptMethod(VirtualMethod):
     def make(self) -> Virtual:
         o: Prompt = self.options
         if o.init == "random":
-            return Plain(torch.randn(o.n_virtual, self.model.config.n_embd))
+            return self.plain()
         ids = torch.randint(self.model.config.vocab_size, (o.n_virtual,))
         return Plain(self.model.embed(ids.to(self.model.device)).detach().float())
 
@@ -207,7 +193,7 @@ class PrefixMethod(VirtualMethod):
         return self.options.n_virtual, c.n_layer, 2, c.n_kv_head, c.head_size
 
     def plain(self) -> Virtual:
-        return Plain(torch.empty(self.options.n_virtual, self.width * 2 * self.model.config.n_layer), self.shape)
+        return Plain(torch.randn(self.options.n_virtual, self.width * 2 * self.model.config.n_layer), self.shape)
 
     @property
     def width(self) -> int:
@@ -215,11 +201,12 @@ class PrefixMethod(VirtualMethod):
 
     def make(self) -> Virtual:
         o: Prefix = self.options
-        width, last = self.width, self.width * 2 * self.model.config.n_layer
         if not o.projection:
-            return Plain(torch.randn(o.n_virtual, last), self.shape)
-        hidden = o.hidden or width
-        head = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, last))
+            return self.plain()
+        width, hidden = self.width, o.hidden or self.width
+        head = nn.Sequential(
+            nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width * 2 * self.model.config.n_layer)
+        )
         return Encoded(o.n_virtual, width, head, None, self.shape)
 
     def config(self) -> dict[str, Any]:

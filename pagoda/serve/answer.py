@@ -19,13 +19,15 @@ from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pagoda.data.tokenizer import Tokenizer
+from pagoda.data.vocabulary import spelled_bytes
 from pagoda.engine.async_engine import Stream
 from pagoda.engine.request import Output, TokenLogprob
 from pagoda.serve.errors import error_body
-from pagoda.serve.metrics import Metrics
+from pagoda.serve.metrics import Clock, Metrics
 from pagoda.serve.tools import Reader
 
 Choice = dict[str, Any]
+Calls = dict[int, dict[str, Any]]
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -119,7 +121,7 @@ class ChatAnswer(Answer):
     def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool, reader: Reader | None):
         super().__init__(index, tokenizer)
         self.wanted, self.reader = logprobs, reader
-        self.calls: list[dict[str, Any]] = []
+        self.calls: Calls = {}
 
     def opening(self) -> Choice | None:
         return self._chunk({"role": "assistant", "content": ""}, None)
@@ -130,28 +132,22 @@ class ChatAnswer(Answer):
         deltas = [{"content": piece.text}] if piece.text else []
         if self.reader:
             deltas = self.reader.push(piece.text) + (self.reader.finish() if piece.finish_reason else [])
-        for delta in deltas:
-            self._grow(delta)
+        self.text += join(self.calls, deltas)
         self.finish_reason = "tool_calls" if self.calls and piece.finish_reason == "stop" else piece.finish_reason
         if not (deltas or piece.logprobs or self.finish_reason):
             return None
-        return self._chunk(joined(deltas), self._shape(piece.logprobs))
+        calls: Calls = {}
+        text = join(calls, deltas)
+        delta = ({"content": text} if text else {}) | ({"tool_calls": list(calls.values())} if calls else {})
+        return self._chunk(delta, self._shape(piece.logprobs))
 
     def whole(self) -> Choice:
         text = None if self.calls and not self.text.strip() else self.text
         message = {"role": "assistant", "content": text, "refusal": None}
         if self.calls:
-            message["tool_calls"] = self.calls
+            message["tool_calls"] = [{k: c[k] for k in ("id", "type", "function")} for c in self.calls.values()]
         chunk = self._chunk({}, self._shape(self.logprobs))
         return {"index": self.index, "message": message, **{k: chunk[k] for k in ("logprobs", "finish_reason")}}
-
-    def _grow(self, delta: dict[str, Any]) -> None:
-        self.text += delta.get("content", "")
-        for call in delta.get("tool_calls", []):
-            if "id" in call:
-                self.calls.append({**{k: call[k] for k in ("id", "type")}, "function": dict(call["function"])})
-            else:
-                self.calls[-1]["function"]["arguments"] += call["function"]["arguments"]
 
     def _chunk(self, delta: dict[str, Any], logprobs: Choice | None) -> Choice:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": self.finish_reason}
@@ -170,15 +166,14 @@ class ChatAnswer(Answer):
         return {"token": text, "logprob": shown(logprob), "bytes": list(data)}
 
 
-def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several deltas as one, with one entry for each call."""
-    text, calls = "".join(delta.get("content", "") for delta in deltas), {}
+def join(calls: Calls, deltas: list[dict[str, Any]]) -> str:
+    """Adds to calls, by their numbers, what deltas say of them, and returns the text of the deltas."""
     for call in (call for delta in deltas for call in delta.get("tool_calls", [])):
         if call["index"] in calls:
             calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
         else:
             calls[call["index"]] = {**call, "function": dict(call["function"])}
-    return ({"content": text} if text else {}) | ({"tool_calls": list(calls.values())} if calls else {})
+    return "".join(delta.get("content", "") for delta in deltas)
 
 
 def shown(logprob: float | None) -> float | None:
@@ -203,10 +198,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
 @lru_cache(maxsize=1)
 def byte_alphabet() -> dict[str, bytes]:
     """The characters that stand for bytes in GPT-2's byte-level BPE."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    codes = {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(others)}
-    return {chr(code): bytes([byte]) for byte, code in codes.items()}
+    return {character: bytes([byte]) for byte, character in enumerate(spelled_bytes())}
 
 
 # Sending ------------------------------------------------------------------------------------------------------------
@@ -245,7 +237,7 @@ class Reply:
     async def _collect(self) -> Response:
         async for _, piece in self._pushed():
             if piece.finish_reason in ("error", "abort"):
-                return failed(piece)
+                return JSONResponse(*failed(piece))
         choices = [answer.whole() for answer in self.answers]
         return JSONResponse({**self.head, "choices": choices, "usage": self._usage()})
 
@@ -256,7 +248,7 @@ class Reply:
                 yield event({**head, "choices": [first]})
         async for choice, piece in self._pushed():
             if piece.finish_reason in ("error", "abort"):
-                yield failed_event(piece)
+                yield event(failed(piece)[0])
                 return
             if choice:
                 yield event({**head, "choices": [choice]})
@@ -265,7 +257,7 @@ class Reply:
         yield b"data: [DONE]\n\n"
 
     async def _pushed(self) -> AsyncIterator[tuple[Choice | None, Output]]:
-        clock = self.metrics.clock()
+        clock = Clock(self.metrics)
         last = [clock.start] * len(self.answers)
         async for i, piece in merged(self.streams):
             place = i * self.n + piece.index
@@ -334,10 +326,7 @@ def event(content: dict[str, Any]) -> bytes:
     return b"data: " + encode(content).encode() + b"\n\n"
 
 
-def failed(piece: Output) -> Response:
+def failed(piece: Output) -> tuple[dict[str, Any], int]:
+    """(body, status)"""
     status = 503 if piece.finish_reason == "abort" else 500
-    return JSONResponse(error_body(piece.error or "the answer was broken off", status), status)
-
-
-def failed_event(piece: Output) -> bytes:
-    return event(error_body(piece.error or "the answer was broken off", 503 if piece.finish_reason == "abort" else 500))
+    return error_body(piece.error or "the answer was broken off", status), status

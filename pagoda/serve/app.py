@@ -37,7 +37,6 @@ from pagoda.serve.service import Service
 from pagoda.serve.tools import forced_guide, reader_for
 
 PAGE = Path(__file__).parent / "page"
-MOST_PROMPTS = 2048  # in one request
 EMBED_TOKENS = 2048  # at once: between them the engine does its other work
 STREAMS = ("/v1/completions", "/v1/chat/completions")
 ERRORS = ("400", "401", "403", "404", "413", "429", "500", "503")
@@ -83,13 +82,9 @@ async def completions(body: CompletionRequest, request: Http, here: Here) -> Res
     """Go on from a text. Streams server-sent events if asked to."""
     adapter, n = here.adapter(body.model), body.n or 1
     prompts = await here.prompts(body.prompt)
-    if not 0 < len(prompts) <= MOST_PROMPTS:
-        raise PagodaError(f"prompt takes 1 to {MOST_PROMPTS} prompts, not {len(prompts)}")
     most = 16 if body.max_tokens is None else body.max_tokens
     if most == 0 and not body.echo:
         raise PagodaError("max_tokens must be at least 1, or 0 with echo")
-    if body.stream and (body.best_of or n) > n:
-        raise PagodaError("best_of cannot stream: the best is known when all have ended")
     prompt_logprobs = body.logprobs if body.echo else None
     requests, answers = [], []
     for ids in prompts:
@@ -108,8 +103,6 @@ async def completions(body: CompletionRequest, request: Http, here: Here) -> Res
 async def chat_completions(body: ChatRequest, request: Http, here: Here) -> Response:
     """Answer a conversation. Streams server-sent events if asked to."""
     adapter = here.adapter(body.model)
-    if body.stream and (body.best_of or 1) > (body.n or 1):
-        raise PagodaError("best_of cannot stream: the best is known when all have ended")
     if body.top_logprobs and not body.logprobs:
         raise PagodaError("top_logprobs needs logprobs: true")
     forced = forced_guide(body)
@@ -133,6 +126,8 @@ async def chat_completions(body: ChatRequest, request: Http, here: Here) -> Resp
 async def reply(
     body: CompletionRequest | ChatRequest, request: Http, here: Service, requests: list[Request], answers: list
 ) -> Response:
+    if body.stream and (body.best_of or 1) > (body.n or 1):
+        raise PagodaError("best_of cannot stream: the best is known when all have ended")
     sent = Reply(body.model or here.name, here.submit(requests), answers, here.metrics)
     if body.stream:
         return sent.stream(bool(body.stream_options and body.stream_options.include_usage))
@@ -145,8 +140,6 @@ async def embeddings(body: EmbeddingRequest, here: Here) -> Response:
     if here.adapter(body.model):
         raise PagodaError("embeddings come from the model without adapters")
     prompts = await here.prompts(body.input)
-    if not 0 < len(prompts) <= MOST_PROMPTS:
-        raise PagodaError(f"input takes 1 to {MOST_PROMPTS} texts, not {len(prompts)}")
     for ids in prompts:
         here.room(ids)
     rows: list[np.ndarray] = []

@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pagoda.serve.errors import Refusal, refusal
 from pagoda.serve.service import Service
 
-OPEN = ("/health", "/", "/page")  # need no key: no secrets, and a page must be there to ask for one
 GUARDED = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # not even without a key
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -72,6 +71,7 @@ class Gate:
 
     def refused(self, path: str, page: bool, headers: Headers) -> Response | None:
         key = self.service.options.api_key
+        # The page holds no secrets, and must be there to ask for a key.
         if key and path != "/health" and not page and not self.has_key(headers, key):
             return refusal(
                 Refusal(401, "this server wants its API key, as Authorization: Bearer KEY", "invalid_api_key")

@@ -55,9 +55,6 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-    def clock(self) -> Clock:
-        return Clock(self)
-
 
 class Clock:
     """Times one request."""

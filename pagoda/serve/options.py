@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pagoda.common import PagodaError, one_of
+from pagoda.common import PagodaError, demand, one_of
 
 TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral")
 
@@ -41,11 +41,13 @@ class Serving:
 
     def __post_init__(self):
         one_of("tool_parser", self.tool_parser, TOOL_PARSERS)
-        if not 0 <= self.port < 65536:
-            raise PagodaError(f"port must be between 0 and 65535, not {self.port}")
-        for name in ("max_body_mb", "shutdown", "follow"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise PagodaError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        demand(
+            self,
+            port=(0 <= self.port < 65536, "between 0 and 65535"),
+            max_body_mb=(self.max_body_mb >= 0, "0 or more"),
+            follow=(self.follow >= 0, "0 or more"),
+            shutdown=(self.shutdown >= 0, "0 or more"),
+        )
         for pair in self.adapters:
             name, _, path = pair.partition("=")
             if not (name and path):

@@ -18,6 +18,7 @@ from pagoda.serve.protocol import ChatRequest, Message
 from pagoda.serve.tools import FORMATS, format_for
 
 LONG_TEXT = 20_000  # characters; to encode more would hold up everybody, so a thread does it
+MOST_PROMPTS = 2048  # in one request
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -67,6 +68,8 @@ class Service:
     async def prompts(self, given: str | list) -> list[list[int]]:
         """A text, several, the tokens of one, or of several: as lists of tokens."""
         some = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+        if not 0 < len(some) <= MOST_PROMPTS:
+            raise PagodaError(f"one request takes 1 to {MOST_PROMPTS} texts, not {len(some)}")
         return [await self.encode(p) if isinstance(p, str) else p for p in some]
 
     async def chat_ids(self, messages: list[Message], body: ChatRequest | None = None) -> list[int]:

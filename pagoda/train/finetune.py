@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pagoda.common import PagodaError
 from pagoda.data.instruct import InstructionRows, read_instructions, split_by_hash
@@ -22,28 +21,11 @@ from pagoda.peft import adapter
 from pagoda.peft.files import save_adapter
 from pagoda.peft.options import Options, named
 from pagoda.train.job import first_weights, fits, start_job
-from pagoda.train.loop import last_step
+from pagoda.train.loop import Method, last_step
 from pagoda.train.objective import NextToken
 from pagoda.train.options import Start, Train
 from pagoda.train.parallel import Workers, build, finish_block, micro_batches
 from pagoda.train.run import Run
-
-
-class Worn:
-    """What the adapters on a model want of the loop."""
-
-    def __init__(self, model: GPT):
-        self.model = model
-        self.scales = {name: g["lr_scale"] for g in adapter.groups(model) for name, _ in g["params"]}
-
-    def lr_scale(self, name: str) -> float:
-        return self.scales[name]
-
-    def extra_loss(self) -> Tensor | float:
-        return adapter.extra_loss(self.model)
-
-    def after_step(self, step: int) -> None:
-        adapter.after_step(self.model, step)
 
 
 def finetune(
@@ -118,7 +100,7 @@ def finetune(
     checkpoint = run.open(config, source.fingerprint, start.resume)
     for layer, block in enumerate(gpt.layers):
         finish_block(block, layer, options, None)
-    return start_job(gpt, checkpoint, objective, source, validation, run, tokenizer, start, Worn(gpt))
+    return start_job(gpt, checkpoint, objective, source, validation, run, tokenizer, start, Method(gpt))
 
 
 def instruction_rows(

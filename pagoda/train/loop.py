@@ -12,13 +12,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
 
 import torch
 
 from pagoda.common import PagodaError
 from pagoda.data.shards import Rows
 from pagoda.models.gpt import GPT
+from pagoda.peft import adapter
 from pagoda.train.objective import Objective, Source
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
@@ -27,17 +28,13 @@ from pagoda.train.schedule import multiplier
 from pagoda.train.watch import Watcher, clock
 
 
-class Method(Protocol):
-    """What a way of finetuning wants of the loop."""
+class Method:
+    """What the adapters on a model want of the loop."""
 
-    def lr_scale(self, name: str) -> float:
-        """What a parameter's learning rate is multiplied by."""
-
-    def extra_loss(self) -> torch.Tensor | float:
-        """Added to the mean loss of a step."""
-
-    def after_step(self, step: int) -> None:
-        """Called behind every step, the gradients still there."""
+    def __init__(self, model: GPT):
+        self.lr_scale = partial(adapter.lr_scale, model)
+        self.extra_loss = partial(adapter.extra_loss, model)
+        self.after_step = partial(adapter.after_step, model)
 
 
 @dataclass

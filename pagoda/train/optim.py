@@ -132,13 +132,15 @@ def local(t: Tensor) -> Tensor:
 def zeros_by_row(p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros with as many rows as p, sharded like p."""
     mine = local(p)
-    zeros = torch.zeros((len(mine), *shape[1:]), dtype=dtype, device=mine.device)
-    if not isinstance(p, DTensor):
-        return zeros
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        zeros, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    return sharded(torch.zeros((len(mine), *shape[1:]), dtype=dtype, device=mine.device), p, shape)
+
+
+def sharded(rows: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of that shape of which each process has its own rows, cut as another is."""
+    if not isinstance(like, DTensor):
+        return rows
+    told = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
+    return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, **told)
 
 
 def sum_over_shards(p: Tensor) -> Callable[[Tensor], Tensor]:
@@ -198,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p] = {k: t if k == "step" else t.to(local(p).device) for k, t in state}
 
 
-def adam_state(p: Tensor, group: dict | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def adam_state(p: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """What AdamW remembers, under PyTorch's names."""
     return {
         "step": torch.zeros((), dtype=torch.float32),
@@ -443,7 +445,8 @@ class Muon(Optimizer):
         m = state["momentum_buffer"]
         m.lerp_(g, 1 - 0.95)
         if p.dim() == 2:
-            update = orthogonal(gathered(g.lerp(m, 0.95).to(ns_dtype(p)), whole))
+            momentum = sharded(g.lerp(m, 0.95).to(ns_dtype(p)), whole, whole.shape)
+            update = orthogonal(momentum.full_tensor() if isinstance(momentum, DTensor) else momentum)
             return self.move(p, own_rows(update, whole), max(whole.shape), group)
         p, g, m = (t.flatten(0, -3) for t in (p, g, m))
         n = max(1, CHUNK // p[0].numel()) if len(p) else 1
@@ -482,16 +485,6 @@ def orthogonal(x: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
-
-
-def gathered(rows: Tensor, like: Tensor) -> Tensor:
-    """All rows of a tensor that is sharded like another."""
-    if not isinstance(like, DTensor):
-        return rows
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(
-        rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-    ).full_tensor()
 
 
 def own_rows(full: Tensor, like: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pagoda.common import PagodaError, one_of
+from pagoda.common import PagodaError, demand, one_of
+from pagoda.train.schedule import SCHEDULES
 
 PRECISIONS = ("mixed", "bf16", "float32")
 OPTIMIZERS = ("adamw", "adamw8bit", "lion", "adafactor", "muon")
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
 SHARDINGS = ("none", "zero2", "zero3")
 
 
@@ -41,8 +41,7 @@ class Start:
     def __post_init__(self):
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("resume", self.resume, ("auto", "no", "must"))
-        if self.devices < 1:
-            raise PagodaError(f"devices must be at least 1, not {self.devices}")
+        demand(self, devices=(self.devices >= 1, "at least 1"))
 
     def config(self) -> dict[str, Any]:
         """What config.yaml says of it: all but the folder, which is where that file lies."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pagoda.common import PagodaError, replacing
+from pagoda.common import PagodaError, optional, replacing
 from pagoda.train.watch import METRICS, read_metrics
 
 Points = tuple[np.ndarray, np.ndarray]  # steps and losses
@@ -72,12 +72,11 @@ def limits(curves: list[Curves]) -> tuple[float, float, float, bool]:
 def draw_png(curves: list[Curves], out: Path) -> None:
     """Faint: every step. Solid: smoothed, paler where there is validation, which is dashed and what counts. Raises
     PagodaError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-    except ImportError:
-        raise PagodaError("matplotlib is not installed: pip install 'pagoda-llm[plot]'") from None
+    optional("matplotlib", "plot")
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     if out.suffix.lower() != ".png":
         raise PagodaError(f"--out {out}: the picture is a PNG, name it so")
     _, low, high, logarithmic = limits(curves)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pagoda.common import PagodaError, replacing
+from pagoda.common import PagodaError, optional, replacing
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 10  # between lines where standard error is no terminal
@@ -192,18 +192,14 @@ def open_bar(step: int, last_step: int) -> Any:
 
 
 def open_tensorboard(path: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise PagodaError("TensorBoard is not installed: pip install 'pagoda-llm[train]'") from None
+    optional("tensorboard", "train")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
 
 def open_wandb(path: Path, project: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise PagodaError("Weights & Biases is not installed: pip install wandb") from None
+    wandb = optional("wandb")
     identity = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
     path.mkdir(parents=True, exist_ok=True)
     run = wandb.init(project=project, name=path.name, id=identity, resume="allow", dir=str(path))

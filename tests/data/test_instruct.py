@@ -220,7 +220,7 @@ def test_template_from_a_file_and_unknown_ones(tmp_path, tokenizer):
     assert tokenizer.chat_template == R1
     for name, words in (
         ("chatlm", "unknown chat template 'chatlm'; did you mean 'chatml'"),
-        ("none.jinja", "cannot read the template"),
+        ("none.jinja", "cannot read"),
     ):
         with pytest.raises(PagodaError, match=words):
             use_template(tokenizer, name)
@@ -464,9 +464,10 @@ def test_rows_are_a_function_of_their_index():
 
 
 def test_fill_makes_every_row_equally_long():
-    rows = InstructionRows(some(9, 12, 4), 16, fill=True, pad_id=7).rows(0, 4)
+    rows = InstructionRows(some(9, 12, 4), 16, fill=True).rows(0, 4)
     assert len(rows.tokens) == len(rows.targets) == sum(rows.lengths) == 64
-    filler = [(tokens, targets) for tokens, targets in documents(rows) if set(tokens) == {7}]
+    filler = [(tokens, targets) for tokens, targets in documents(rows) if set(tokens) == {0}]
+    assert filler
     assert all(set(targets) == {-100} for _, targets in filler)
 
 

@@ -201,5 +201,5 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(PagodaError, match="is no prepared data"):
         PreparedSet(tmp_path)
     (tmp_path / "a" / "manifest.json").write_text('{"format"')
-    with pytest.raises(PagodaError, match=r"manifest.json is corrupt"):
+    with pytest.raises(PagodaError, match=r"manifest.json: not valid JSON"):
         PreparedSet(tmp_path / "a")

@@ -1,5 +1,7 @@
 """`LLM` on the default model, beside transformers on the same (dequantized) weights."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -15,14 +17,34 @@ def llm(default_model):
 
 @pytest.fixture(scope="session")
 def reference(default_model):
-    from transformers import AutoModelForCausalLM, GgufConfig
+    import gguf
+    from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        default_model.parent,
-        gguf_file=default_model.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
+    # Told its configuration, transformers parses the file once; it makes its table of names for every module anew.
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        return LlamaForCausalLM.from_pretrained(
+            default_model.parent,
+            config=config,
+            gguf_file=default_model.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
 
 
 def test_greedy_tokens_equal_transformers(llm, reference):

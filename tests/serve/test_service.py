@@ -42,7 +42,7 @@ MISTAKES = [
     (COMPLETIONS, b"\xff\xfe", 400, "body"),
     (COMPLETIONS, {}, 400, "prompt: Field required"),
     (COMPLETIONS, {"prompt": 3}, 400, "prompt should be"),
-    (COMPLETIONS, {"prompt": []}, 400, "1 to 2048 prompts"),
+    (COMPLETIONS, {"prompt": []}, 400, "1 to 2048 texts"),
     (COMPLETIONS, {"prompt": [[1, -1]]}, 400, "prompt should be"),
     (COMPLETIONS, {"prompt": "\ud800"}, 400, "surrogate"),
     (COMPLETIONS, {"prompt": "y" * 5000}, 400, "context is 4096"),

@@ -168,7 +168,7 @@ def test_wandb_is_asked_for_or_missed_in_one_line(tmp_path, monkeypatch):
 
 
 def test_tensorboard_is_missed_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(PagodaError, match=r"pagoda-llm\[train\]"):
         Watcher(tmp_path, tensorboard=True)
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -410,18 +410,12 @@ const onClick = {
 };
 for (const [id, run] of Object.entries(onClick)) $(id).addEventListener("click", run);
 
-$("composer").onsubmit = (event) => {
-  event.preventDefault();
-  send();
-};
-$("key-form").onsubmit = (event) => {
-  event.preventDefault();
-  useKey();
-};
-$("options").onsubmit = (event) => {
-  event.preventDefault();
-  $("settings").close();
-};
+const onSubmit = { composer: send, "key-form": useKey, options: () => $("settings").close() };
+for (const [id, run] of Object.entries(onSubmit))
+  $(id).onsubmit = (event) => {
+    event.preventDefault();
+    run();
+  };
 $("options").oninput = readSettings;
 $("model").onchange = () => {
   current.settings.model = $("model").value;
