@@ -6,11 +6,9 @@ converted is copied and its pages are given back, so that memory peaks at the we
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from pagoda.common import PagodaError, read_json, replacing
+from pagoda.common import PagodaError, read_json, replacing, trim_heap
 from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
@@ -163,12 +161,6 @@ def release_pages(mapping: mmap.mmap, start: int, end: int) -> None:
     length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length > 0:
         mapping.madvise(mmap.MADV_DONTNEED, start, length)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps the holes that conversions leave between the weights."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def weight_files(path: Path) -> list[Path]:

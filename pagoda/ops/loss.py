@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from pagoda.common import trim_heap
 from pagoda.ops import cpu
 from pagoda.ops.formats import PackedWeight
 from pagoda.ops.linear import linear, linear_transposed, product_dtype
@@ -14,6 +15,7 @@ from pagoda.ops.linear import linear, linear_transposed, product_dtype
 IGNORE = -100  # the target of a token that is not scored (PyTorch's own convention)
 CHUNK_BYTES = 2048  # of a column of logits: what a chunk of rows has
 BLOCK = 2048  # rows of the head, or of its gradient, that are cast at a time
+LARGE = 2**24  # bytes of logits before which the heap's holes are given back
 PIECE = 64  # rows of logits that the reference works on in float32
 
 
@@ -92,6 +94,8 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
     Accumulates in float32, but the gradient of a weight that meets only one chunk, which is rounded once. Of what is
     not `needed` (one truth for each) there is none.
     """
+    if hidden.is_cpu and min(len(hidden), chunk) * weight.shape[0] * hidden.element_size() > LARGE:
+        trim_heap()  # a training step is at its peak here
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if needed[0] else None
     d_weight = d_bias = None

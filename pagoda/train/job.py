@@ -22,7 +22,7 @@ from pagoda.models.gpt import GPT
 from pagoda.models.loader import open_checkpoint, stream
 from pagoda.models.registry import from_hf_config, known_config
 from pagoda.train.loop import Job, Method, last_step, to_device, train
-from pagoda.train.memory import check_memory, return_freed_memory
+from pagoda.train.memory import check_memory
 from pagoda.train.objective import NextToken, Objective, Source
 from pagoda.train.optim import make_optimizer
 from pagoda.train.options import Start, Train
@@ -81,7 +81,6 @@ def pretrain(
 def fits(model: GPT, run: Run, start: Start, dress: Callable[[GPT], None] | None = None) -> bool:
     """Say what the run will need, and refuse what cannot work. False when that was all that was asked for."""
     options = run.options
-    return_freed_memory()
     if options.seq_len + model.n_virtual > model.config.block_size:
         virtual = f" with {model.n_virtual} virtual tokens before it" if model.n_virtual else ""
         context = model.config.block_size

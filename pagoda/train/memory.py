@@ -6,9 +6,7 @@ random weights and one row of tokens, and what autograd keeps of them; they grow
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -17,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pagoda.common import PagodaError, free_memory
+from pagoda.common import PagodaError, free_memory, trim_heap
 from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
-from pagoda.models.loader import trim_heap
 from pagoda.ops import cpu
 from pagoda.ops.loss import BLOCK, CHUNK_BYTES
 from pagoda.train.optim import make_optimizer, state_bytes, step_bytes
@@ -29,7 +26,6 @@ from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
 
 GIB = 2**30
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass
@@ -57,18 +53,6 @@ class Activations:
 
     block: int
     rest: int
-
-
-def return_freed_memory() -> None:
-    """Let the C library give every block of 256 KiB or more back to the system when it is freed.
-
-    By itself glibc raises that size, up to 32 MiB, whenever a larger block is freed (mallopt(3)), and the blocks of a
-    training step then leave a heap full of holes: a fifth of the peak, and no time gained.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
 def check_memory(
@@ -106,8 +90,6 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     trained = [(name, p.to(stored)) for name, p in model.named_parameters() if p.requires_grad]
     state, moment = (f(optimizer, trained, shards) for f in (state_bytes, step_bytes))
     largest = max(p.numel() for _, p in trained)
-    if stored == torch.bfloat16:
-        moment = max(moment, 4 * largest // shards)  # a norm counts in float32
     parameters = sum(p.nbytes for _, p in trained)
     gradients = largest * stored.itemsize if o.release_gradients else parameters // shards
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
