@@ -135,7 +135,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype == x.dtype and not cpu.emulates(x):
         if x.is_cpu and x.shape[:-1].numel() == 1:  # takes a third less time than the product of a matrix of one row
             row = x.reshape(-1)
-            y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+            y = torch.mv(weight, row) if bias is None else torch.addmv(bias.to(x.dtype), weight, row)
             return y.view(*x.shape[:-1], -1)
         return F.linear(x, weight, bias)
     few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves

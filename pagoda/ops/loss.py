@@ -100,7 +100,8 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
     d_hidden = torch.zeros_like(hidden) if needed[0] else None
     d_weight = d_bias = None
     if needed[1]:
-        d_weight = torch.zeros_like(weight, dtype=weight.dtype if len(hidden) <= chunk else torch.float32)
+        once = 0 < len(hidden) <= chunk
+        d_weight = torch.empty_like(weight) if once else torch.zeros_like(weight, dtype=torch.float32)
     if needed[3]:
         d_bias = torch.zeros_like(bias, dtype=torch.float32)
     dtype = product_dtype(hidden)
@@ -117,7 +118,7 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
             if d_hidden is not None:
                 d_h = d_h + linear_transposed(part, weight if isinstance(weight, PackedWeight) else weight[block])
             if d_weight is not None:
-                _add_product(d_weight[block], part.T, h.to(dtype))
+                _add_product(d_weight[block], part.T, h.to(dtype), 0 if once else 1)
             if d_bias is not None:
                 d_bias[block] += part.sum(0, dtype=torch.float32)
         if d_hidden is not None:
@@ -128,13 +129,14 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
     return losses, [None if g is None else g.to(w) for g, w in zip(grads, wanted)]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, in pieces where the types differ: PyTorch's sum of two types makes a copy of the second."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """`total = beta * total + a @ b` for a beta of 0 or 1, in pieces where the types differ: PyTorch's sum of two types
+    makes a copy of the second."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)  # what stands in `total` is not read for a beta of 0
         return
     for rows, piece in zip(total.split(BLOCK), a.split(BLOCK)):
-        rows += piece @ b
+        rows.add_(piece @ b) if beta else rows.copy_(piece @ b)
 
 
 def _blocks(hidden: Tensor, weight: Tensor | PackedWeight) -> Iterator[slice]:

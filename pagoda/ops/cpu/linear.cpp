@@ -470,7 +470,7 @@ Form form_of(const Weight& w, int64_t rows) {
   const bool integers = w.kind == BITS4 || w.kind == BITS8;
   if (w.exact) return FLOAT32_ROWS;
 #if MATRIX_UNIT
-  if (integers && rows >= (w.kind == BITS4 ? 64 : 32)) return INT8_LINES;  // so many that unpacking pays
+  if (integers && rows >= 48) return INT8_LINES;  // so many that unpacking pays; for all weights alike, they share the rows
   if (w.kind == BF16_PAIRS || w.kind == NF4) return BF16_LINES;
 #elif defined(__AVX512BF16__)
   if (w.kind == BF16_PAIRS) return PAIR_ROWS;
