@@ -287,7 +287,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer_dir):
         ("x.jsonl", b'{"text": "a"}\n{"text": ', [], "x.jsonl byte 14: broken JSON"),
         ("x.jsonl", b'{"body": "a"}', [], "has no field 'text' (its fields: body): give --text_field"),
         ("x.jsonl", b'{"text": 3}', [], "the field 'text' is no text"),
-        ("x.jsonl.gz", gzip.compress(b"x" * 999)[:-9], [], "x.jsonl.gz is damaged"),
+        ("x.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], [], "x.jsonl.gz is damaged"),
         ("x.parquet", b"PAR1", [], "x.parquet cannot be read"),
         ("x.txt", b"a", ["--val_fraction", "1"], "val_fraction must be at least 0 and below 1"),
         ("x.txt", b"a", ["--split_by", "size"], "split_by must be one of document, position"),
