@@ -66,7 +66,7 @@ def attention(
             keys = _gather(k, pages, lengths[s], k_scale, q.dtype)
             values = _gather(v, pages, lengths[s], v_scale, q.dtype)
         parts.append(_attend(q[start:end], keys, values, scale, causal, window, softcap, alibi))
-    return torch.cat(parts) if parts else q
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else q
 
 
 def _gather(pages: Tensor, index: Tensor, length: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

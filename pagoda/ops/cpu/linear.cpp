@@ -57,6 +57,7 @@ struct Product {
 };
 
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
+constexpr int64_t AHEAD = 2048;       // bytes of weights asked for in advance: the CPU's own prefetching ends at every page
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
@@ -249,6 +250,7 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums)
     int64_t left = w.group;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
       const int32_t* quads = x.quads + b * 8 * R;
+      if (R == 1) prefetch(q + AHEAD, 64 * BITS);
       vi dot[R];
       UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
       dot_block<BITS, R>(q, quads, dot);
@@ -279,6 +281,7 @@ template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Resi
     for (const Residual* x = residuals; x < residuals + n; x++) {
       const int64_t at = (tile * w.groups() + x->block / w.group) * TILE + part * W;
       vi dot = set1_bits(BITS == 8 ? x->offset8 : w.zero_point ? x->offset4 : 0);
+      prefetch(q + w.units(32) * 64 * BITS + AHEAD + (x - residuals) * 64 * BITS, 64 * BITS);  // of the next tile
       dot_block<BITS, 1>(q + x->block * 64 * BITS, x->quads, &dot);
       acc = fma(from_int(dot), mul(load((const f16*)w.scales + at), set1(x->scale)), acc);
       if (w.minimums) acc = fma(load(w.minimums + at), set1(x->sum), acc);
