@@ -28,7 +28,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 asan: $(STAMP)
-	PYTHON=$(BIN)/python bash tests/asan.sh
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(BIN)/python bash tests/asan.sh
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard pagoda/ops/cpu/*.cpp pagoda/ops/cpu/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

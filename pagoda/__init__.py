@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 # itself it is 300,000 times, and who shares the machine with another busy process spends most of the time looking.
 # PyTorch's own operations wait for each other a hundred times more often than the kernels, and pay for it.
 if "OMP_WAIT_POLICY" not in os.environ and os.environ.get("PAGODA_KERNELS") != "reference":
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "PagodaError", "Sampling", "load", "save"]

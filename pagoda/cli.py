@@ -165,6 +165,8 @@ def bench(
     print(f"{speed.gemm_gflop_s:.0f} GFLOP/s")
     print(f"decode       {speed.decode_tok_s:8.1f} tokens/s   {speed.decode_share_of_bandwidth:6.1%} of ", end="")
     print(f"{speed.read_gb_s:.1f} GB/s ({speed.decode_bytes_per_step / 1e6:.1f} MB a step)")
+    if speed.decode_step_ms:
+        print("  a step:    " + ", ".join(f"{name} {ms:.2f}" for name, ms in speed.decode_step_ms.items()) + " ms")
     print(f"first token  {speed.first_token_s * 1000:8.1f} ms")
     print(f"peak memory  {speed.peak_memory_gib:8.2f} GiB")
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 
 from pagoda import Sampling, cli
 from pagoda.cli import COMMANDS, main
+from pagoda.ops import cpu
 
 
 @pytest.mark.parametrize("args", [["--help"], *([*name.split(), "--help"] for name in COMMANDS)])
@@ -168,3 +170,16 @@ def test_convert_writes_a_directory_that_transformers_opens(default_model, tmp_p
     assert tok("Hello 🙂 world").input_ids == tok.encode("Hello 🙂 world")
     assert main(args) == 2  # never over what is there
     assert "exists already" in capsys.readouterr().err
+
+
+def test_bench_counts_the_bytes_and_the_time_of_a_step(tmp_path, capsys):
+    config = tiny.saved("llama", tmp_path).config
+    assert main(["bench", str(tmp_path), "--prompt_tokens", "20", "--new_tokens", "8", "--repeats", "1", "--json"]) == 0
+    speed = json.loads(capsys.readouterr().out)
+    weights = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+    cache = 24 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    assert 0.8 * (weights + cache) < speed["decode_bytes_per_step"] < weights + cache  # without the embedding's rows
+    assert speed["prefill_tok_s"] * speed["first_token_s"] == pytest.approx(20, rel=0.01)
+    if cpu.kernels is not None:
+        assert {"attention", "linear", "rms_norm"} <= set(speed["decode_step_ms"])
+        assert min(speed["decode_step_ms"].values()) > 0

@@ -38,6 +38,7 @@ class Speed:
     decode_share_of_bandwidth: float
     gemm_gflop_s: float
     prefill_share_of_gemm: float
+    decode_step_ms: dict[str, float]  # what each kernel takes of a step, without the Python around it; {} without kernels
 
 
 def bench(
@@ -60,6 +61,8 @@ def bench(
         runs.append(engine.timing)
     first = statistics.median(t.prefill_seconds for t in runs[1:])
     decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
+    recordings = [d.recording for d in engine.runner.decoders.values() if d.recording is not None]
+    step = recordings[-1].seconds() if recordings and recordings[-1].complete else {}
     read, gemm = read_bandwidth(), gemm_rate(model.dtype, model.device)
     moved = decode_bytes(model, kv_dtype, prompt_tokens + new_tokens // 2, batch)
     flops = model.flops_per_token(prompt_tokens)
@@ -76,6 +79,7 @@ def bench(
         moved * decode / batch / read,
         gemm / 1e9,
         flops * prefill / gemm,
+        {name: seconds * 1000 for name, seconds in step.items()},
     )
 
 

@@ -8,6 +8,9 @@ CUDA graphs are for a GPU.
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -47,6 +50,19 @@ class Recording:
         for kernel, args in self.calls:
             kernel(*args)
         return self.output
+
+    def seconds(self, times: int = 20) -> dict[str, float]:
+        """What the calls of each kernel take together: medians of so many repetitions, the longest first."""
+        took: list[list[float]] = [[] for _ in self.calls]
+        for _ in range(times):
+            for of_call, (kernel, args) in zip(took, self.calls):
+                start = time.perf_counter()
+                kernel(*args)
+                of_call.append(time.perf_counter() - start)
+        total: Counter[str] = Counter()
+        for of_call, (kernel, _) in zip(took, self.calls):
+            total[kernel.__name__] += statistics.median(of_call)
+        return dict(total.most_common())
 
 
 class _Kernels:
