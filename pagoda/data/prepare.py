@@ -35,7 +35,7 @@ from pagoda.data.shards import FORMAT, SPLITS, ShardWriter, digest, token_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.data.vocabulary import character_tokenizer, find_tokenizer
 
-BATCH_CHARACTERS = 1 << 19  # of text tokenized at once
+BATCH_CHARACTERS = 1 << 21  # of text tokenized at once
 PIECE_CHARACTERS = 1 << 22  # longer documents are tokenized in pieces, where that makes no difference
 
 
