@@ -38,7 +38,7 @@ class Speed:
     decode_share_of_bandwidth: float
     gemm_gflop_s: float
     prefill_share_of_gemm: float
-    decode_step_ms: dict[str, float]  # what each kernel takes of a step, without the Python around it; {} without kernels
+    decode_step_ms: dict[str, float]  # what each kernel takes of a step, without the Python around it
 
 
 def bench(
