@@ -19,6 +19,7 @@ import torch
 from pagoda.common import PagodaError
 from pagoda.data.shards import Rows
 from pagoda.models.gpt import GPT
+from pagoda.ops.clip import norm_of, scale_
 from pagoda.peft import adapter
 from pagoda.train.objective import Objective, Source
 from pagoda.train.options import Train
@@ -209,14 +210,10 @@ def gradient_norm(gradients: list[torch.Tensor], clip: float) -> float:
     """The 2-norm of all gradients together, which are scaled down to `clip` where they exceed it (0: any norm)."""
     if not gradients:
         raise PagodaError("nothing is trained: no parameter takes a gradient")
-    # In float32, which PyTorch converts to first: a piece at a time, so that the copy stays in the cache.
-    pieces = [x for g in gradients for x in ([g] if hasattr(g, "full_tensor") else g.view(-1).split(2**18))]
-    norms = [torch.linalg.vector_norm(x, dtype=torch.float32) for x in pieces]
-    norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]))
+    norm = norm_of(gradients)
     if clip and norm > clip:
-        for g in gradients:
-            g.mul_(clip / norm)
-    return float(norm)
+        scale_(gradients, clip / norm)
+    return norm
 
 
 def to_device(rows: Rows, device: torch.device) -> Rows:

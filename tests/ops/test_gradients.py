@@ -10,6 +10,7 @@ from test_kernels import close, exact_attention, exact_rotary, strided
 from pagoda.ops import cpu
 from pagoda.ops.activations import ACTIVATIONS, activation, gated
 from pagoda.ops.attention import attention
+from pagoda.ops.clip import norm_of, scale_
 from pagoda.ops.formats import FORMATS, pack
 from pagoda.ops.linear import linear
 from pagoda.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -238,3 +239,24 @@ def test_traced_operations_are_the_references(path):
 
     inputs = [torch.randn(6, 16), torch.rand(16), torch.randn(16, 16)]
     check(torch.compile(layer, backend="aot_eager", fullgraph=True), layer, *inputs, slack=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_gradients_and_their_scaling(path, two_threads, dtype):
+    shapes = [(), (0,), (3,), (16384,), (129, 257), (5, 7, 1111)]
+    tensors = [torch.randn(s, generator=torch.Generator().manual_seed(len(s))).to(dtype) for s in shapes]
+    tensors.append(torch.randn(70, 50).to(dtype).T)  # by columns
+    expected = torch.cat([t.double().flatten() for t in tensors]).norm().item()
+    norm = norm_of(tensors)
+    assert norm == pytest.approx(expected, rel=1e-5)
+    if cpu.kernels is not None:
+        torch.set_num_threads(1)
+        assert norm_of(tensors) == norm
+    scaled = [(t.double() * 0.37).to(dtype) for t in tensors]
+    scale_(tensors, 0.37)
+    for t, expected in zip(tensors, scaled):
+        torch.testing.assert_close(t, expected, rtol=0.01 if dtype == torch.bfloat16 else 1e-3, atol=0)
+    tensors[3][100] = float("inf")
+    assert norm_of(tensors) == float("inf")
+    tensors[4][100, 3] = float("nan")
+    assert norm_of(tensors) != norm_of(tensors)
