@@ -140,7 +140,7 @@ class LLM:
 
 def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Path]:
     """The model that a name means, the type of its cache, and where it was found. On a CPU with kernels all matrices
-    are laid out for them, in the bits that they have or are rounded to."""
+    are laid out for them, in the bits that they have or are rounded to; without kernels bf16 ones for PyTorch."""
     device = resolve_device(weights.device)
     dtype = None if weights.dtype == "auto" else resolve_dtype(weights.dtype)
     quantize = weights.quantize
@@ -160,6 +160,8 @@ def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Pa
             dtype = dtype or torch.float32  # of the activations: with packed weights they are the smaller part
     elif quantize:
         dtype = dtype or torch.bfloat16
+    elif device.type == "cpu":
+        quantize = "blocked"
     model = load(path, dtype, device, quantize=quantize)
     if adapter:
         load_adapter(model, found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
-from pagoda.ops.formats import PackedWeight
+from pagoda.ops.formats import BlockedWeight, PackedWeight
 from pagoda.ops.recompute import to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
@@ -50,6 +50,10 @@ def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
     views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
     if not views or not all(address for address, _, _ in views):
+        if isinstance(weights[0], BlockedWeight) and not torch.is_grad_enabled():
+            whole = weights[0].blocks
+            if all(isinstance(w, BlockedWeight) and w.blocks is whole for w in weights):
+                return [y[..., w.part] for y in [weights[0].product(x)] for w in weights]
         return [linear(x, w) for w in weights]
     x, rows, stride, lead = _rows(x, views[0][2])
     ys = [x.new(rows, n_out) for _, n_out, _ in views]
@@ -159,7 +163,10 @@ def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = torch.cat([F.linear(x.float(), part) for _, part in weight.chunks()], -1)
+    if isinstance(weight, BlockedWeight):
+        y = weight.product(x)[..., weight.part]
+    else:
+        y = torch.cat([F.linear(x.float(), part) for _, part in weight.chunks()], -1)
     y = y if bias is None else y + bias
     y = y if residual is None else y + residual
     return y.to(x.dtype)

@@ -20,6 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         return _kernel_rms_norm(x, None, weight, eps, offset)[1]
     if _kernel_trains(x, weight):
         return _trained(x, None, weight, None, eps, offset)[1]
+    if weight.dtype == x.dtype and not offset:
+        return F.rms_norm(x, weight.shape, weight, eps)  # the same, by one call
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * (weight.float() + offset if offset else weight)).to(x.dtype)  # a product with float32 is float32

@@ -29,7 +29,7 @@ def sample(scores: Tensor, options: Tensor) -> Tensor:
             cpu.FLOATS[scores.dtype],
         )
         return tokens
-    tokens = scores.argmax(-1)
+    tokens = scores.max(-1).indices  # a quarter of argmax's time
     temperature, top_k, top_p, _, _ = options.T
     drawn, tops = temperature > 0, ((top_k > 0) & (top_k < scores.shape[1])) | (top_p < 1)
     for rows in (drawn & ~tops, drawn & tops):  # a draw from all tokens needs no order

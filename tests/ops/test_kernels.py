@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pagoda.ops import attention as attention_file
+from pagoda.ops import cpu
 from pagoda.ops.activations import ACTIVATIONS, activation, gated
 from pagoda.ops.attention import attention
 from pagoda.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -113,6 +114,17 @@ class Flat:
             for s in range(len(self.queries))
         ]
         return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [0, 1, 100, 128, 200])
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_attention_of_many_queries(monkeypatch, window, causal):
+    monkeypatch.setattr(cpu, "kernels", None)
+    if window and not causal:
+        pytest.skip("windows look back")
+    flat = Flat([300, 1, 2, 129], [300, 5, 40, 400], 6, 2, 16, torch.float32, window=window, causal=causal)
+    with torch.no_grad():
+        torch.testing.assert_close(flat.run().double(), flat.exact(), rtol=1e-4, atol=1e-5)
 
 
 SHAPES = [(4, 4, 64), (9, 3, 64), (8, 1, 32), (6, 2, 80), (5, 5, 20), (2, 1, 128), (3, 3, 7)]

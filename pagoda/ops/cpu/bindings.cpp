@@ -4,6 +4,8 @@
 // Python threads take turns anyway, and giving it up would make every operation of a decode step queue for it.
 #include "kernels.h"
 
+#include <functional>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,6 +41,19 @@ template <class... Args> static auto kernel(void (*f)(Args...)) {
   };
 }
 
+// Calls with their arguments, made again one after the other without Python in between (record.py).
+struct Program {
+  std::vector<std::function<void()>> calls;
+  void run() const {
+    follow_torch_threads();
+    for (auto& call : calls) call();
+  }
+};
+
+template <class... Args> static auto appended(void (*f)(Args...)) {
+  return [f](Program& program, Args... args) { program.calls.push_back([=] { f(args...); }); };
+}
+
 // The variants (names of __init__.py) whose instructions this CPU and its operating system support.
 static py::list supported_variants() {
   py::list names;
@@ -60,7 +75,11 @@ static py::list supported_variants() {
 
 static void define(py::module_& m) {
   m.def("supported_variants", &supported_variants);
-#define DEFINE(name) m.def(#name, kernel(&name));
+  py::class_<Program> program(m, "Program", py::module_local());
+  program.def(py::init<>()).def("__call__", &Program::run);
+#define DEFINE(name)                  \
+  m.def(#name, kernel(&name));        \
+  program.def(#name, appended(&name));
   KERNELS(DEFINE)
 #undef DEFINE
 }
