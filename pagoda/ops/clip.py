@@ -1,5 +1,6 @@
 """The norm of all gradients together, and scaling them down to it (Pascanu et al. 2013)."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,7 +14,14 @@ PIECE = 2**18  # elements that the reference converts to float32 at a time, so t
 @torch.no_grad()
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """The 2-norm of all elements together, of any shape and type (sharded tensors whole); sums are float32 or wider."""
-    return float(torch.linalg.vector_norm(torch.stack([_norm(x) for x in tensors])))
+    squares, norms = torch.zeros((), dtype=torch.float64), []
+    for x in tensors:
+        if _kernel_takes(x):
+            cpu.kernels.square_sum(squares.data_ptr(), x.data_ptr(), x.numel(), cpu.DTYPE[x.dtype])  # adds to it
+        else:
+            norms.append(_norm(x))
+    rest = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    return math.hypot(math.sqrt(squares), rest)
 
 
 @torch.no_grad()
@@ -28,10 +36,6 @@ def scale_(tensors: Iterable[Tensor], factor: float) -> None:
 
 def _norm(x: Tensor) -> Tensor:
     """0-dimensional, float32."""
-    if _kernel_takes(x):
-        total = torch.empty((), dtype=torch.float64)
-        cpu.kernels.square_sum(total.data_ptr(), x.data_ptr(), x.numel(), cpu.DTYPE[x.dtype])
-        return total.sqrt_().float()
     if hasattr(x, "full_tensor"):
         return torch.linalg.vector_norm(x, dtype=torch.float32).full_tensor()
     pieces = x.flatten().split(PIECE)

@@ -3,17 +3,20 @@
 A product with a weight keeps its input for the weight's gradient. Where that input is the result of a norm or a gate,
 whose own inputs are kept anyway, it can be made again on the way back: for a gated transformer that is a third of the
 memory of all activations, for 2 % of a step's time. So norms and gates say on their result how it was made, and
-`linear` keeps the recipe instead.
+`linear` keeps the recipe instead. Of small models, whose activations are no burden, everything is kept.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
+SMALL = 2**20  # bytes
+
 
 def made_by(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """y, marked: `function(*tensors)`, without gradients, gives the same bits. Copies and views are not marked."""
-    y.recipe = function, tensors
+    if y.nbytes > SMALL:
+        y.recipe = function, tensors
     return y
 
 

@@ -30,6 +30,8 @@ from pagoda.train.parallel import Workers, build, micro_batches
 from pagoda.train.run import Run
 from pagoda.train.watch import Watcher
 
+EVAL_TOKENS = 4096  # in a batch of an evaluation, at least
+
 
 def pretrain(
     data: list[str],
@@ -195,7 +197,7 @@ def evaluate(job: Job, validation: Source | None, tokenizer: Tokenizer, seed: in
     o, workers, told = job.options, job.workers, {}
     with untrained(job.model):
         if validation is not None:
-            total, n = 0.0, o.micro_batch_size
+            total, n = 0.0, max(o.micro_batch_size, EVAL_TOKENS // o.seq_len)  # nothing is kept for a way back
             scored = 0
             count = min(validation.n_rows, o.eval_rows)
             for first in range(0, count, n * workers.size):  # every process takes part in every round

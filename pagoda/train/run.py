@@ -91,7 +91,7 @@ class Run:
             self._compare(flat(before), flat(config))
         if self.workers.main:
             self.path.mkdir(parents=True, exist_ok=True)
-            for leftover in (self.path / "checkpoints").glob(".step-*"):
+            for leftover in (self.path / "checkpoints").glob(".*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with replacing(known) as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -144,26 +144,26 @@ struct PairsOfBf16 {
   static INLINE vf step(vf acc, vf a, vf b) { return dot_bf16(acc, (vi)a, (vi)b); }
 };
 
-// c (MR, N * W) = [c +] a (MR, depth) b (depth, N * W), all of c in registers. TRANSPOSED: a is (depth, MR).
-template <class Cell, int N, bool TRANSPOSED>
+// c (M, N * W) = [c +] a (M, depth) b (depth, N * W), all of c in registers. TRANSPOSED: a is (depth, M).
+template <class Cell, int M, int N, bool TRANSPOSED>
 void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool accumulate) {
-  vf acc[MR][N];
-  for (int m = 0; m < MR; m++)
+  vf acc[M][N];
+  for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) acc[m][n] = accumulate ? load(c + m * ldc + n * W) : zero();
   for (int64_t i = 0; i < depth; i++) {
     vf row[N];
     for (int n = 0; n < N; n++) row[n] = load(b + i * ldb + n * W);
-    for (int m = 0; m < MR; m++) {
+    for (int m = 0; m < M; m++) {
       const vf x = set1(TRANSPOSED ? a[i * lda + m] : a[m * lda + i]);
       for (int n = 0; n < N; n++) acc[m][n] = Cell::step(acc[m][n], x, row[n]);
     }
   }
-  for (int m = 0; m < MR; m++)
+  for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
 }
 
-// c (rows, columns) = [c +] a (rows, depth) b (depth, columns); `rows` is a multiple of MR, `columns` of W.
-template <class Cell, bool TRANSPOSED = false>
+// c (rows, columns) = [c +] a (rows, depth) b (depth, columns); `rows` is a multiple of M, `columns` of W.
+template <class Cell, bool TRANSPOSED = false, int M = MR, int VECTORS = NV>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t columns, int64_t depth,
              float* c, int64_t ldc, bool accumulate) {
 #if MATRIX_UNIT
@@ -176,10 +176,10 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
     return;
   }
 #endif
-  for (int64_t n = 0; n < columns; n += NV * W)  // b's column block stays in the L1 cache
-    with_count<NV>(std::min<int64_t>(NV, (columns - n) / W), [&](auto N) {
-      for (int64_t m = 0; m < rows; m += MR)
-        product_block<Cell, N, TRANSPOSED>(a + m * (TRANSPOSED ? 1 : lda), lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
+  for (int64_t n = 0; n < columns; n += VECTORS * W)  // b's column block stays in the L1 cache
+    with_count<VECTORS>(std::min<int64_t>(VECTORS, (columns - n) / W), [&](auto N) {
+      for (int64_t m = 0; m < rows; m += M)
+        product_block<Cell, M, N, TRANSPOSED>(a + m * (TRANSPOSED ? 1 : lda), lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
     });
 }
 

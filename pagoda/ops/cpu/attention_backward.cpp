@@ -2,7 +2,7 @@
 //
 // Bound: multiplications, 10 x head_size per query head and visible key. A thread takes (sequence, query head) items. For
 // each tile of keys it goes through the tiles of queries that see them, computes their weights again from the
-// log-sum-exp that the forward pass left, and adds up, all in float32 (where there is no matrix unit):
+// log-sum-exp that the forward pass left, and adds up, in float32 or, for bf16 where the CPU multiplies that, in pairs:
 //   weights P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P (dP - rows of dO . O), dK += dS^T Q, dQ += dS K.
 // The heads of a group leave their dk and dv in scratch, which is summed in their order: the bits do not depend on the
 // number of threads.
@@ -15,7 +15,13 @@
 
 namespace {
 
-constexpr int64_t TILE = 48;  // queries and keys of a tile: a multiple of MR and W for every instruction set
+constexpr int64_t TILE = KEYS;  // queries and keys of a tile
+constexpr int ROWS = W == 16 ? 8 : 4, VECTORS = 2;  // of a product in registers: divisors of a tile
+
+template <class Cell, bool TRANSPOSED = false>
+void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t columns, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  product<Cell, TRANSPOSED, ROWS, VECTORS>(a, lda, b, ldb, TILE, columns, depth, c, ldc, accumulate);
+}
 
 struct Gradients { ptr dq, dout; float *dk, *dv; };  // dk, dv: (rows, n_head, head_size) float32
 
@@ -67,10 +73,14 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
   const Sequence s(p, sequence);
   const int64_t d = p.head_size, padded = p.padded(), all = (s.n_q + TILE - 1) / TILE * TILE, kv_head = head / p.group();
   static thread_local std::vector<float> memory;
-  memory.assign(all * (3 * padded + 1) + TILE * 6 * padded + 2 * TILE * TILE, 0.0f);
+  const size_t size = all * (3 * padded + 1) + TILE * 6 * padded + 2 * TILE * TILE;
+  if (memory.size() < size) memory.resize(size);
   float *q = memory.data(), *go = q + all * padded, *dq = go + all * padded, *delta = dq + all * padded;
   float *k = delta + all, *v = k + TILE * padded, *kt = v + TILE * padded, *vt = kt + TILE * padded;
   float *dk = vt + TILE * padded, *dv = dk + TILE * padded, *x = dv + TILE * padded, *dx = x + TILE * TILE;
+  std::fill(padded == d ? dq : q, delta, 0.0f);
+  if (padded != d) std::fill(k, x, 0.0f);
+  else for (float* rows : {q, go}) std::fill(rows + s.n_q * padded, rows + all * padded, 0.0f);
 
   for (int64_t r = 0; r < s.n_q; r++) {
     const int64_t row = ((s.first + r) * p.n_head + head) * d;
@@ -83,7 +93,7 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
   }
   for (int64_t start = 0; start < s.n_k; start += TILE) {
     const int64_t n = std::min(TILE, s.n_k - start);
-    std::fill(k, kt, 0.0f);
+    for (float* rows : {k, v}) std::fill(rows + n * padded, rows + TILE * padded, 0.0f);
     std::fill(dk, x, 0.0f);
     for (int64_t t = 0; t < n; t++) {
       read_row(k + t * padded, p.k, (s.first + start + t) * p.k_stride + kv_head * d, p.kv_dtype, d);
@@ -94,12 +104,12 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
     for (int64_t i = 0; i < s.n_q; i += TILE) {
       const int64_t rows = std::min(TILE, s.n_q - i);
       if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
-      product<Float32>(q + i * padded, padded, kt, TILE, TILE, TILE, padded, x, TILE, false);
-      product<Float32>(go + i * padded, padded, vt, TILE, TILE, TILE, padded, dx, TILE, false);
+      multiply<Float32>(q + i * padded, padded, kt, TILE, TILE, padded, x, TILE, false);
+      multiply<Float32>(go + i * padded, padded, vt, TILE, TILE, padded, dx, TILE, false);
       weights_and_slopes(s, head, i, rows, start, TILE, delta, x, dx);
-      product<Float32, true>(x, TILE, go + i * padded, padded, TILE, padded, TILE, dv, padded, true);
-      product<Float32, true>(dx, TILE, q + i * padded, padded, TILE, padded, TILE, dk, padded, true);
-      product<Float32>(dx, TILE, k, padded, TILE, padded, TILE, dq + i * padded, padded, true);
+      multiply<Float32, true>(x, TILE, go + i * padded, padded, padded, TILE, dv, padded, true);
+      multiply<Float32, true>(dx, TILE, q + i * padded, padded, padded, TILE, dk, padded, true);
+      multiply<Float32>(dx, TILE, k, padded, padded, TILE, dq + i * padded, padded, true);
     }
     leave(p, to, head, s.first + start, n, dk, dv);
   }
@@ -107,42 +117,48 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
     write_row(to.dq, ((s.first + r) * p.n_head + head) * d, p.q_dtype, dq + r * padded, 1, d);
 }
 
-#if MATRIX_UNIT
-// (KEYS, KEYS) floats as bf16, and transposed.
+#if defined(__AVX512BF16__)
+// (TILE, TILE) floats as bf16, and transposed.
 void round_tile(const float* from, bf16* plain, bf16* transposed) {
-  for (int64_t r = 0; r < KEYS; r += W)
-    for (int64_t c = 0; c < KEYS; c += W) {
+  for (int64_t r = 0; r < TILE; r += W)
+    for (int64_t c = 0; c < TILE; c += W) {
       vi block[W];
       for (int i = 0; i < W; i++) {
-        const vf row = load(from + (r + i) * KEYS + c);
-        if (plain) store(plain + (r + i) * KEYS + c, row);
+        const vf row = load(from + (r + i) * TILE + c);
+        if (plain) store(plain + (r + i) * TILE + c, row);
         block[i] = (vi)row;
       }
       transpose(block);
-      for (int i = 0; i < W; i++) store(transposed + (c + i) * KEYS + r, (vf)block[i]);
+      for (int i = 0; i < W; i++) store(transposed + (c + i) * TILE + r, (vf)block[i]);
     }
 }
 
-// The same for bf16 through the matrix unit: P and dS are rounded to bf16 for their products, sums are float32.
-void backward_head_unit(const Problem& p, const Gradients& to, int64_t sequence, int64_t head) {
+// The same for bf16 in pairs: P and dS are rounded to bf16 for their products, sums are float32.
+void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence, int64_t head) {
   const Sequence s(p, sequence);
-  const int64_t d = p.head_size, padded = p.padded(), depth = padded / 2, all = (s.n_q + KEYS - 1) / KEYS * KEYS;
-  const int64_t kv_head = head / p.group(), tile = KEYS * depth;  // cells of a tile of rows
+  const int64_t d = p.head_size, padded = p.padded(), depth = padded / 2, all = (s.n_q + TILE - 1) / TILE * TILE;
+  const int64_t kv_head = head / p.group(), tile = TILE * depth;  // cells of a tile of rows
   static thread_local std::vector<float> memory;
-  memory.assign(all * (4 * depth + padded + 1) + 3 * tile + 2 * KEYS * padded + 5 * KEYS * KEYS, 0.0f);
+  const size_t size = all * (4 * depth + padded + 1) + 3 * tile + 2 * TILE * padded + 5 * TILE * TILE;
+  if (memory.size() < size) memory.resize(size);
   float *q = memory.data(), *go = q + all * depth, *q_pairs = go + all * depth, *go_pairs = q_pairs + all * depth;
   float *dq = go_pairs + all * depth, *delta = dq + all * padded, *kt = delta + all, *vt = kt + tile, *k_pairs = vt + tile;
-  float *dk = k_pairs + tile, *dv = dk + KEYS * padded, *x = dv + KEYS * padded, *dx = x + KEYS * KEYS;
-  bf16 *xt = (bf16*)(dx + KEYS * KEYS), *dxt = xt + KEYS * KEYS, *dx_rows = dxt + KEYS * KEYS;
+  float *dk = k_pairs + tile, *dv = dk + TILE * padded, *x = dv + TILE * padded, *dx = x + TILE * TILE;
+  bf16 *xt = (bf16*)(dx + TILE * TILE), *dxt = xt + TILE * TILE, *dx_rows = dxt + TILE * TILE;
   using Rows = TileRows<PairsOfBf16, bf16>;
   const Heads<bf16> queries(p.q, p.q_stride, nullptr, p, head), grads(to.dout, p.n_head * d, nullptr, p, head);
   const Heads<bf16> outs(p.out, p.n_head * d, nullptr, p, head), keys(p.k, p.k_stride, nullptr, p, kv_head);
   const Heads<bf16> values(p.v, p.v_stride, nullptr, p, kv_head);
-  int64_t at[KEYS];
+  int64_t at[TILE];
+  std::fill(dq, delta, 0.0f);
+  if (padded != d) std::fill(q, q_pairs, 0.0f);
+  else for (float* rows : {q, go}) std::fill(rows + s.n_q * depth, rows + all * depth, 0.0f);
+#if MATRIX_UNIT
   const MatrixUnit unit(UNIT_ROWS, 16);
+#endif
 
-  for (int64_t i = 0; i < s.n_q; i += KEYS) {
-    const int64_t n = std::min(KEYS, s.n_q - i);
+  for (int64_t i = 0; i < s.n_q; i += TILE) {
+    const int64_t n = std::min(TILE, s.n_q - i);
     for (int64_t r = 0; r < n; r++) {
       at[r] = s.first + i + r;
       memcpy(q + (i + r) * depth, queries.row(at[r]), d * sizeof(bf16));
@@ -154,24 +170,24 @@ void backward_head_unit(const Problem& p, const Gradients& to, int64_t sequence,
     pack_values(Rows{queries, at, 0, n}, padded, q_pairs + i * depth);
     pack_values(Rows{grads, at, 0, n}, padded, go_pairs + i * depth);
   }
-  for (int64_t start = 0; start < s.n_k; start += KEYS) {
-    const int64_t n = std::min(KEYS, s.n_k - start);
+  for (int64_t start = 0; start < s.n_k; start += TILE) {
+    const int64_t n = std::min(TILE, s.n_k - start);
     for (int64_t t = 0; t < n; t++) at[t] = s.first + start + t;
     pack_keys(Rows{keys, at, 0, n}, padded, kt);
     pack_keys(Rows{values, at, 0, n}, padded, vt);
     pack_values(Rows{keys, at, 0, n}, padded, k_pairs);
     std::fill(dk, x, 0.0f);
-    for (int64_t i = 0; i < s.n_q; i += KEYS) {
-      const int64_t rows = std::min(KEYS, s.n_q - i);
+    for (int64_t i = 0; i < s.n_q; i += TILE) {
+      const int64_t rows = std::min(TILE, s.n_q - i);
       if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
-      product<PairsOfBf16>(q + i * depth, depth, kt, KEYS, KEYS, KEYS, depth, x, KEYS, false);
-      product<PairsOfBf16>(go + i * depth, depth, vt, KEYS, KEYS, KEYS, depth, dx, KEYS, false);
-      weights_and_slopes(s, head, i, rows, start, KEYS, delta, x, dx);
+      multiply<PairsOfBf16>(q + i * depth, depth, kt, TILE, TILE, depth, x, TILE, false);
+      multiply<PairsOfBf16>(go + i * depth, depth, vt, TILE, TILE, depth, dx, TILE, false);
+      weights_and_slopes(s, head, i, rows, start, TILE, delta, x, dx);
       round_tile(x, nullptr, xt);
       round_tile(dx, dx_rows, dxt);
-      product<PairsOfBf16>((float*)xt, KEYS / 2, go_pairs + i * depth, padded, KEYS, padded, KEYS / 2, dv, padded, true);
-      product<PairsOfBf16>((float*)dxt, KEYS / 2, q_pairs + i * depth, padded, KEYS, padded, KEYS / 2, dk, padded, true);
-      product<PairsOfBf16>((float*)dx_rows, KEYS / 2, k_pairs, padded, KEYS, padded, KEYS / 2, dq + i * padded, padded, true);
+      multiply<PairsOfBf16>((float*)xt, TILE / 2, go_pairs + i * depth, padded, padded, TILE / 2, dv, padded, true);
+      multiply<PairsOfBf16>((float*)dxt, TILE / 2, q_pairs + i * depth, padded, padded, TILE / 2, dk, padded, true);
+      multiply<PairsOfBf16>((float*)dx_rows, TILE / 2, k_pairs, padded, padded, TILE / 2, dq + i * padded, padded, true);
     }
     leave(p, to, head, s.first + start, n, dk, dv);
   }
@@ -197,8 +213,8 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
   std::stable_sort(longest_first.begin(), longest_first.end(),
                    [&](int64_t a, int64_t b) { return Sequence(p, a).n_q > Sequence(p, b).n_q; });
   auto head = backward_head;
-#if MATRIX_UNIT
-  if (dtype == BF16) head = backward_head_unit;
+#if defined(__AVX512BF16__)
+  if (dtype == BF16) head = backward_head_pairs;
 #endif
   parallel_dynamic(n_seq * n_head, [&](int64_t i) { head(p, to, longest_first[i / n_head], i % n_head); });
   parallel_for(rows * n_kv_head, 64, [&](int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@ void dequantize(ptr y, ptr weight, int64_t first, int64_t rows, int64_t dtype);
 
 // norm.cpp
 void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype);
-void square_sum(ptr sum, ptr x, int64_t n, int64_t dtype);  // sum: one float64
+void square_sum(ptr sum, ptr x, int64_t n, int64_t dtype);  // added to *sum, a float64
 void scale(ptr x, int64_t n, int64_t dtype, double factor);
 void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
               int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset);

@@ -83,7 +83,7 @@ void square_sum(ptr sum, ptr x, int64_t n, int64_t dtype) {
       }
     });
   });
-  *(double*)sum = std::accumulate(of_block.begin(), of_block.end(), 0.0);
+  *(double*)sum += std::accumulate(of_block.begin(), of_block.end(), 0.0);
 }
 
 void scale(ptr x, int64_t n, int64_t dtype, double factor) {
