@@ -51,6 +51,7 @@ def main() -> None:
             "nanoGPT's preset in plain PyTorch, float32": None,
             "pagoda, float32": ["--model_name", "gpt2", *preset, "--train.precision", "float32"],
             "pagoda, bf16": ["--model_name", "gpt2", *preset, "--train.precision", "bf16"],
+            "pagoda, mixed": ["--model_name", "gpt2", *preset, "--train.precision", "mixed"],
             "pagoda, recipes/pretrain/char-1m.yaml": ["--config", recipe],
         }
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}

@@ -266,12 +266,12 @@ class GPT(nn.Module):
         """Ids (N,) or embeddings (N, n_embd) to the start of the residual stream."""
         c = self.config
         x = tokens if tokens.is_floating_point() else self.embed(tokens)
-        if self.compute_dtype is not None:
-            x = x.to(self.compute_dtype)
         if c.positions == "learned":
             if batch.max_seq_len > c.block_size:
                 raise PagodaError(f"{batch.max_seq_len} tokens do not fit the model's context of {c.block_size}")
             x = x + self.pos_embed(batch.positions + c.position_offset)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
         return self.embed_norm(x) if c.embd_norm else x
 
     def angles(self, batch: Batch) -> tuple[Angles | None, Angles | None]:

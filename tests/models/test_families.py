@@ -443,3 +443,15 @@ def test_a_model_is_built_from_its_name():
         )
     with pytest.raises(PagodaError, match="did you mean 'pythia-14m'"):
         known_config("pythia-14n")
+
+
+@every_variation
+def test_mixed_precision_reaches_every_block(name, tmp_path):
+    tiny.saved(name, tmp_path)
+    model = load(tmp_path, torch.float32)
+    model.compute_dtype = torch.bfloat16
+    seen = []
+    for block in model.layers:
+        block.register_forward_hook(lambda block, args, out: seen.append(out.dtype))
+    model(tiny.prompt(8))
+    assert set(seen) == {torch.bfloat16}
