@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pagoda.common import PagodaError, free_memory
+from pagoda.common import PagodaError, free_memory, keep_heap
 from pagoda.data.tokenizer import Tokenizer
 from pagoda.engine import beam
 from pagoda.engine.adapters import Adapters
@@ -76,6 +76,7 @@ class Engine:
         self.groups: dict[Group, None] = {}  # in the order they came
         self.next_model: GPT | None = None
         self.timing = Timing()
+        keep_heap()
         self._use(model)
 
     def _use(self, model: GPT) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, keep_heap
 from pagoda.data.shards import Rows
 from pagoda.models.gpt import GPT
 from pagoda.ops.clip import norm_of, scale_
@@ -69,6 +69,7 @@ def train(job: Job) -> Progress:
     if o.release_gradients:
         release_gradients(job)
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
+    keep_heap()
     gc.freeze()  # what there is stays: looking through it for garbage took a millisecond a step
     try:
         if job.evaluate and o.eval_first and not progress.step:
