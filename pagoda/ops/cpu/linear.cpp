@@ -57,7 +57,7 @@ struct Product {
 };
 
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
-constexpr int64_t AHEAD = 2048;       // bytes of weights asked for in advance: the CPU's own prefetching ends at every page
+constexpr int64_t AHEAD = 4096;       // bytes of weights asked for in advance: the CPU's own prefetching ends at every page
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
@@ -395,6 +395,7 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
     for (vf& a : tile) a = zero();
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R)
     UNROLL for (int t = 0; t < T * PARTS; t++) {
+      if (R == 1 && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + step * TILE * 4 + AHEAD, 64);
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
       UNROLL for (int i = 0; i < View::COUNT; i++)
