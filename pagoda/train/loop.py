@@ -16,11 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from pagoda.common import PagodaError, keep_heap
+from pagoda.common import PagodaError, keep_heap, trim_heap
 from pagoda.data.shards import Rows
 from pagoda.models.gpt import GPT
 from pagoda.ops.clip import norm_of, scale_
+from pagoda.ops.loss import LARGE
 from pagoda.peft import adapter
 from pagoda.train.objective import Objective, Source
 from pagoda.train.options import Train
@@ -71,6 +73,7 @@ def train(job: Job) -> Progress:
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     keep_heap()
     gc.freeze()  # what there is stays: looking through it for garbage took a millisecond a step
+    trimming = trim_on_the_way_back(job)
     try:
         if job.evaluate and o.eval_first and not progress.step:
             job.watch.evaluation(0, **job.evaluate(job))
@@ -110,6 +113,8 @@ def train(job: Job) -> Progress:
         if workers.main:
             job.watch.note(summary(job))
     finally:
+        for hook in trimming:
+            hook.remove()
         gc.unfreeze()
         signal.signal(signal.SIGTERM, before)
     return progress
@@ -173,6 +178,18 @@ def release_gradients(job: Job) -> None:
     for p in job.model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(step_alone)
+
+
+def trim_on_the_way_back(job: Job) -> list[RemovableHandle]:
+    """From now on, until these hooks are removed, the holes that activations leave in the heap go back to the system
+    four times in a backward pass, and before the last gradient, the embedding's: for 4 % of the time. A process alone
+    that trains in bf16 has its peak at the start of that pass, and needs none of it."""
+    model, o = job.model, job.options
+    peak_at_start = o.precision == "bf16" and job.workers.size == 1
+    if job.workers.device.type != "cpu" or o.compile or model.embed.weight.nbytes < LARGE or peak_at_start:
+        return []
+    places = [model.embed, *model.layers[:: -(-len(model.layers) // 4)]]
+    return [m.register_full_backward_pre_hook(lambda *_: trim_heap()) for m in places]
 
 
 def forecast(job: Job, seconds: float) -> str:
