@@ -48,6 +48,7 @@ def main() -> None:
             "pagoda int4": ours(hf, *size, "--quantize", "int4"),
             "pagoda nf4": ours(hf, *size, "--quantize", "nf4"),
             "pagoda int8": ours(hf, *size, "--quantize", "int8"),
+            "pagoda int8, bf16 activations": ours(hf, *size, "--quantize", "int8", "--dtype", "bf16"),
             "pagoda bf16": ours(hf, *size, "--dtype", "bf16"),
             "pagoda float32": ours(hf, *size, "--dtype", "float32"),
             "pagoda bf16, without kernels": ours(hf, *size, "--dtype", "bf16", reference=True),
