@@ -19,6 +19,7 @@ Rows are padded to a multiple of 16 and k to the format's unit; padding is cut o
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from itertools import accumulate
 
@@ -181,12 +182,8 @@ class BlockedWeight(PackedWeight):
     @staticmethod
     def usable(matrix: Tensor, dtype: torch.dtype) -> bool:
         """Whether this PyTorch and this CPU have such a layout for a matrix, held in `dtype`."""
-        if (
-            dtype != torch.bfloat16
-            or not matrix.is_cpu
-            or matrix.dim() != 2
-            or emulates(matrix.new_empty(0, dtype=dtype))
-        ):
+        fits = dtype == torch.bfloat16 and matrix.is_cpu and matrix.dim() == 2
+        if not fits or emulates(matrix.new_empty(0, dtype=dtype)) or platform.machine() not in ("x86_64", "AMD64"):
             return False
         return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -50,10 +50,11 @@ def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
     views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
     if not views or not all(address for address, _, _ in views):
-        if isinstance(weights[0], BlockedWeight) and not torch.is_grad_enabled():
-            whole = weights[0].blocks
-            if all(isinstance(w, BlockedWeight) and w.blocks is whole for w in weights):
-                return [y[..., w.part] for y in [weights[0].product(x)] for w in weights]
+        blocks = getattr(weights[0], "blocks", None)  # of one matrix, perhaps
+        joined = blocks is not None and all(getattr(w, "blocks", None) is blocks for w in weights)
+        if joined and not torch.is_grad_enabled():
+            y = weights[0].product(x)
+            return [y[..., w.part] for w in weights]
         return [linear(x, w) for w in weights]
     x, rows, stride, lead = _rows(x, views[0][2])
     ys = [x.new(rows, n_out) for _, n_out, _ in views]
