@@ -142,7 +142,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             row = x.reshape(-1)
             y = torch.mv(weight, row) if bias is None else torch.addmv(bias.to(x.dtype), weight, row)
             return y.view(*x.shape[:-1], -1)
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves
     dtype = x.dtype if few else product_dtype(x)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
@@ -210,6 +210,12 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.weight = weight
+        rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
+        # PyTorch multiplies bf16 twice as fast as the kernel multiplies NF4, which it does in float32 without AMX.
+        native = dtype == torch.bfloat16 == product_dtype(x) and not cpu.has_amx()
+        if native and weight.format == "nf4" and not weight.exact and len(rows) >= 128:
+            parts = [product(rows, part.T, dtype) for _, part in _chunks(weight, dtype)]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*x.shape[:-1], -1)
         with torch.no_grad():
             return linear(x, weight)
 

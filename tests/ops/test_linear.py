@@ -221,6 +221,17 @@ def test_gradient_of_the_activations(format):
         assert torch.equal(linear(x.detach(), packed), linear(x, packed))
 
 
+@pytest.mark.parametrize("rows", [5, 130])
+def test_nf4_under_gradients_in_bf16(rows):
+    packed, x = pack(torch.randn(2100, 96), "nf4"), torch.randn(rows, 96).bfloat16().requires_grad_()
+    y = linear(x, packed)
+    exact = x.detach().double() @ packed.dequantize().double().T
+    torch.testing.assert_close(y.detach().double(), exact, rtol=2**-7, atol=0.1)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad.double(), grad.double() @ packed.dequantize().double(), rtol=2**-6, atol=1.0)
+
+
 def test_a_tensor_multiplies_as_in_pytorch():
     x, weight, bias, residual = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5), torch.randn(3, 5)
     torch.testing.assert_close(linear(x, weight, bias, residual), x @ weight.T + bias + residual)
