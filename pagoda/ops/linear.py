@@ -212,7 +212,7 @@ class _PackedLinear(torch.autograd.Function):
         ctx.weight = weight
         rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
         # PyTorch multiplies bf16 twice as fast as the kernel multiplies NF4, which it does in float32 without AMX.
-        native = dtype == torch.bfloat16 == product_dtype(x) and not cpu.has_amx()
+        native = dtype == torch.bfloat16 == product_dtype(x) and cpu.kernel_path() != "amx"
         if native and weight.format == "nf4" and not weight.exact and len(rows) >= 128:
             parts = [product(rows, part.T, dtype) for _, part in _chunks(weight, dtype)]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*x.shape[:-1], -1)

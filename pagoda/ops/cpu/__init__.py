@@ -85,11 +85,6 @@ def kernel_path() -> str:
     return _path
 
 
-def has_amx() -> bool:
-    """Whether the kernels in use have the matrix unit."""
-    return _path == "amx"
-
-
 _NO_BF16 = (
     platform.machine() in ("x86_64", "AMD64") and not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
 )
