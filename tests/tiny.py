@@ -1,13 +1,18 @@
 """Tiny random models of every family, made by transformers, for tests that compare with it."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
 from pagoda.models.batch import Batch, Cache
 
 transformers.logging.set_verbosity_error()
+
+GPU = os.environ.get("PAGODA_TEST_DEVICE", "cuda")  # with `cpu` and PAGODA_KERNELS=reference they run here
+needs_gpu = pytest.mark.skipif(GPU == "cuda" and not torch.cuda.is_available(), reason="there is no GPU here")
 
 SMALL = dict(vocab_size=96, num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
 KV = dict(SMALL, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)

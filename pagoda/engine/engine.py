@@ -58,6 +58,11 @@ class Timing:
         return f"[{', '.join(parts)}]"
 
 
+def step_tokens(device: torch.device, on_cpu: int) -> int:
+    """Prompt tokens of a step that keep a device as busy as `on_cpu` of them a CPU."""
+    return on_cpu if device.type == "cpu" else 8 * on_cpu
+
+
 class Engine:
     """Runs requests together on one model. Without a tokenizer it gives token ids and no text."""
 
@@ -69,7 +74,10 @@ class Engine:
         kv_dtype: torch.dtype | None = None,
         draft: GPT | None = None,
     ):
-        self.tokenizer, self.options = tokenizer, options or EngineOptions()
+        options = options or EngineOptions()
+        if not options.max_step_tokens:
+            options = replace(options, max_step_tokens=step_tokens(model.device, 512))
+        self.tokenizer, self.options = tokenizer, options
         self.kv_dtype, self.draft = kv_dtype or model.dtype, draft
         self.guides = Guides(tokenizer, model.config.vocab_size) if tokenizer else None
         self.numbers = self.new_tokens = self.prompt_tokens = 0

@@ -12,7 +12,7 @@ import torch
 
 from pagoda.common import PagodaError, read_json, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
-from pagoda.engine.engine import Engine, Timing
+from pagoda.engine.engine import Engine, Timing, step_tokens
 from pagoda.engine.options import EngineOptions, Sampling, Weights
 from pagoda.engine.request import Output, Request, TokenLogprob
 from pagoda.models.download import ADAPTER, resolve
@@ -52,7 +52,8 @@ class LLM:
     @cached_property
     def engine(self) -> Engine:
         """What runs the prompts; it remembers their beginnings from call to call."""
-        return Engine(self.model, self.tokenizer, EngineOptions(max_step_tokens=2048), self.kv_dtype)
+        options = EngineOptions(max_step_tokens=step_tokens(self.model.device, 2048))
+        return Engine(self.model, self.tokenizer, options, self.kv_dtype)
 
     @classmethod
     def load(

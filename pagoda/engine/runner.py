@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,8 @@ class Runner:
         self.by_length = model.rope is not None and model.rope.by_length
         self.decoders: dict[int, Decoder] = {}  # by their rows, the longest unused first
         self.most_recorded = 256  # rows
+        if self.device.type == "cuda":  # the memory of all graphs, and the stream that they are recorded on
+            self.graphs = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     @torch.inference_mode()
     def run(self, works: list[Work], record: bool = True) -> Tensor:
@@ -105,7 +111,8 @@ class Decoder:
     def __init__(self, runner: Runner, rows: int, n_blocks: int):
         self.runner, self.model, self.rows = runner, runner.model, rows
         self.nobody = runner.cache.n_pages - 1
-        device, width = runner.device, max(4, 2 * n_blocks)  # room to grow
+        device = runner.device
+        width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
         self.batch = Batch.of(
             [1] * rows,
             device,
@@ -116,7 +123,7 @@ class Decoder:
         )
         self.blocks: list[list[int]] = [[] for _ in range(rows)]  # what the table holds
         self.inputs: list[Tensor] = []  # the residual stream's start, then the angles' cosines and sines
-        self.recording: Recording | None = None
+        self.recording: Recording | Graph | None = None
 
     @property
     def nbytes(self) -> int:
@@ -144,9 +151,12 @@ class Decoder:
                 b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         x = self.model.embed_tokens(torch.tensor(tokens, device=self.runner.device), b)
         angles = self.model.angles(b)
-        if cpu.kernels is None or not x.is_cpu:
-            return self.model.logits(self.model.transform(x, b, *angles))[:n]
-        return self.model.cap_logits(self._recorded(x, angles)[:n])
+        records = cpu.kernels is not None if x.is_cpu else x.is_cuda and not self.model.config.n_expert
+        scores = self._recorded if records else self._scores  # experts are asked for by the numbers of their rows
+        return self.model.cap_logits(scores(x, angles)[:n])
+
+    def _scores(self, x: Tensor, angles: tuple) -> Tensor:
+        return self.model.head(self.model.transform(x, self.batch, *angles))
 
     def _recorded(self, x: Tensor, angles: tuple) -> Tensor:
         """The head's scores from the start of the residual stream: by Python the first time, then by its recording."""
@@ -156,10 +166,34 @@ class Decoder:
             x, *rest = self.inputs
             pairs = iter(zip(rest[::2], rest[1::2]))
             angles = [None if pair is None else next(pairs) for pair in angles]
-            self.recording = Recording(lambda: self.model.head(self.model.transform(x, self.batch, *angles)))
+            function = partial(self._scores, x, angles)
+            self.recording = Recording(function) if x.is_cpu else Graph(function, *self.runner.graphs)
             return self.recording.output
         if not self.recording.complete:
-            return self.model.head(self.model.transform(x, self.batch, *angles))
+            return self._scores(x, angles)
         for mine, new in zip(self.inputs, flat):
             mine.copy_(new)
         return self.recording()
+
+
+class Graph:
+    """What a `Recording` is on a CPU, a CUDA graph is on a GPU. The function must not wait for the device."""
+
+    complete, nbytes = True, 0  # the graphs of a runner share their memory
+
+    def __init__(self, function: Callable[[], Tensor], pool, stream: torch.cuda.Stream):
+        self.graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()  # libraries make their workspaces for this stream
+        gc.disable()  # a graph that nobody needs any more must not be destroyed meanwhile
+        try:
+            with torch.cuda.graph(self.graph, pool, stream, "thread_local"):
+                self.output = function()
+        finally:
+            gc.enable()
+        self()
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.output

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from pagoda.common import PagodaError
-from pagoda.engine.engine import Engine
+from pagoda.engine.engine import Engine, step_tokens
 from pagoda.engine.options import EngineOptions, Sampling
 from pagoda.engine.request import Request
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import weights_of
 from pagoda.ops import cpu
+from pagoda.ops.cpu.record import Recording
 from pagoda.ops.formats import PackedWeight
 
 
@@ -53,7 +54,8 @@ def bench(
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator).tolist()
     greedy = Sampling(temperature=0, max_new_tokens=new_tokens)
-    together = EngineOptions(max_num_seqs=batch, max_step_tokens=2048, prefix_caching=False)
+    budget = step_tokens(model.device, 2048)
+    together = EngineOptions(max_num_seqs=batch, max_step_tokens=budget, prefix_caching=False)
     runs = []
     for _ in range(repeats + 1):
         engine = Engine(model, options=together, kv_dtype=kv_dtype)
@@ -61,9 +63,9 @@ def bench(
         runs.append(engine.timing)
     first = statistics.median(t.prefill_seconds for t in runs[1:])
     decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
-    recordings = [d.recording for d in engine.runner.decoders.values() if d.recording is not None]
+    recordings = [d.recording for d in engine.runner.decoders.values() if isinstance(d.recording, Recording)]
     step = recordings[-1].seconds() if recordings and recordings[-1].complete else {}
-    read, gemm = read_bandwidth(), gemm_rate(model.dtype, model.device)
+    read, gemm = read_bandwidth(model.device), gemm_rate(model.dtype, model.device)
     moved = decode_bytes(model, kv_dtype, prompt_tokens + new_tokens // 2, batch)
     flops = model.flops_per_token(prompt_tokens)
     # The head runs for each prompt's last token alone.
@@ -96,9 +98,9 @@ def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) ->
     return read
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(device: torch.device) -> float:
     """Bytes per second that a sum over 256 MB reads: the best of ten."""
-    x = torch.ones(2**26)
+    x = torch.ones(2**26, device=device)
     return x.numel() * 4 / best_time(lambda: x.sum(), 10)
 
 

@@ -1,10 +1,11 @@
 """Attention over a flat stream: ragged queries against ragged or paged keys and values.
 
 One operation serves training batches, packed documents, prefills and decode steps. The reference below is a loop over
-the sequences of the stream. On a CPU ops/cpu/attention.cpp computes it, and attention_backward.cpp its gradients (those
-of a cache excepted): there the bits of a row's result depend neither on the rest of the batch nor on the number of
-threads. They do depend on whether at most 8 queries of its sequence came in this step (decode) or more (prefill), in
-the last places.
+the sequences of the stream. On a GPU PyTorch's flash attention (Dao 2023) computes it where it can, for bf16 and
+float16 without a soft cap or ALiBi; a decode step does not wait for the device, whichever way it goes. On a CPU
+ops/cpu/attention.cpp computes it, and attention_backward.cpp its gradients (those of a cache excepted): there the bits
+of a row's result depend neither on the rest of the batch nor on the number of threads. They do depend on whether at
+most 8 queries of its sequence came in this step (decode) or more (prefill), in the last places.
 """
 
 import torch
@@ -54,6 +55,10 @@ def attention(
         )
     if block_table is None and _kernel_trains(q, k, v, cu_seqlens) and not (softcap and alibi is not None):
         return _Attention.apply(q, k, v, cu_seqlens, scale, causal, window, softcap, alibi)
+    if alibi is None and not softcap and _flash_takes(q, k):
+        return _flash(q, k, v, cu_seqlens, max_seqlen, scale, causal, window, block_table, seq_lens)
+    if block_table is not None and max_seqlen == 1 and len(q) == len(seq_lens) and not q.is_cpu:
+        return _decode(q, k, v, scale, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale)
     parts, bounds = [], cu_seqlens.tolist()
     lengths = None if seq_lens is None else seq_lens.tolist()
     for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
@@ -154,12 +159,63 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, w
     return out
 
 
+def _flash_takes(q: Tensor, k: Tensor) -> bool:
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and k.dtype == q.dtype
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _flash(q, k, v, cu_seqlens, max_seqlen, scale, causal, window, block_table, seq_lens) -> Tensor:
+    """What torch.nn.attention.varlen calls; before PyTorch 2.12 that takes no pages."""
+    options, cu_keys, max_keys = {}, cu_seqlens, max_seqlen
+    if block_table is not None:  # up to the table's end: a CUDA graph holds the call for longer sequences too
+        options["seqused_k"], max_keys = seq_lens, block_table.shape[1] * k.shape[1]
+        if _FLASH_PAGES and k.shape[1] % FLASH_PAGE == 0:
+            options["block_table"], cu_keys = block_table, None
+        else:
+            k, v = k[block_table].flatten(0, 2), v[block_table].flatten(0, 2)
+            cu_keys = torch.arange(0, len(k) + 1, max_keys, dtype=torch.int32, device=k.device)
+    if window:
+        options |= {"window_size_left": window - 1, "window_size_right": 0 if causal else -1}
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_keys, max_seqlen, max_keys, 0.0, causal, False, scale=scale, **options
+    )[0]
+
+
+_FLASH_PAGES = "block_table" in str(torch.ops.aten._flash_attention_forward.default._schema)
+FLASH_PAGE = 256  # what the length of a page must be a multiple of
+
+
+def _decode(q, k, v, scale, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale) -> Tensor:
+    """One query each, of all sequences together: every sequence's pages are gathered up to the table's end, so that
+    nothing waits for the lengths (and a CUDA graph can hold the call)."""
+    n, n_head, head_size = q.shape
+    n_kv_head = k.shape[2]
+    k, v = k[block_table].flatten(1, 2), v[block_table].flatten(1, 2)  # (S, keys, n_kv_head, head_size)
+    if k_scale is not None:
+        k, v = (x * s[block_table].flatten(1, 2)[..., None] for x, s in ((k, k_scale), (v, v_scale)))
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    grouped = q.view(n, n_kv_head, -1, head_size)
+    scores = (grouped @ k.permute(0, 2, 3, 1)).float() * scale  # (S, n_kv_head, group, keys)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(k.shape[1], device=q.device) - (seq_lens[:, None] - 1)  # (S, keys)
+    if alibi is not None:
+        scores = scores + alibi.view(n_kv_head, -1, 1) * distance[:, None, None]
+    hidden = (distance > 0) | (distance <= -window) if window else distance > 0
+    # What is behind a sequence's end may be anything, NaN too.
+    v = v.masked_fill(hidden[..., None, None], 0)
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).to(v.dtype)
+    return (weights @ v.transpose(1, 2)).view(n, n_head, head_size)
+
+
 def preferred_page_size(device: torch.device, longest: int) -> int:
     """Tokens per page of a cache for sequences of up to `longest` tokens.
 
     Small pages cost the kernel nothing. The reference reads a single page in place but must gather several, so that
-    there a sequence gets one page of its own.
+    there a sequence gets one page of its own. Flash attention takes pages of FLASH_PAGE.
     """
+    if device.type == "cuda":
+        return min(FLASH_PAGE, longest)
     return 64 if device.type == "cpu" and cpu.kernels is not None else longest
 
 

@@ -14,7 +14,9 @@ PIECE = 2**18  # elements that the reference converts to float32 at a time, so t
 @torch.no_grad()
 def norm_of(tensors: Iterable[Tensor]) -> float:
     """The 2-norm of all elements together, of any shape and type (sharded tensors whole); sums are float32 or wider."""
-    squares, norms = torch.zeros((), dtype=torch.float64), []
+    squares, norms, tensors = torch.zeros((), dtype=torch.float64), [], list(tensors)
+    if tensors and all(type(x) is Tensor and x.is_cuda for x in tensors):
+        norms, tensors = torch._foreach_norm(tensors, 2, torch.float32), []
     for x in tensors:
         if _kernel_takes(x):
             cpu.kernels.square_sum(squares.data_ptr(), x.data_ptr(), x.numel(), cpu.DTYPE[x.dtype])  # adds to it
@@ -27,6 +29,10 @@ def norm_of(tensors: Iterable[Tensor]) -> float:
 @torch.no_grad()
 def scale_(tensors: Iterable[Tensor], factor: float) -> None:
     """Every tensor times a factor, in place."""
+    tensors = list(tensors)
+    if all(type(x) is Tensor and x.is_cuda for x in tensors):
+        torch._foreach_mul_(tensors, factor)
+        return
     for x in tensors:
         if _kernel_takes(x):
             cpu.kernels.scale(x.data_ptr(), x.numel(), cpu.DTYPE[x.dtype], factor)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -95,7 +96,10 @@ class PackedWeight(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows by ids (N,) int64: (N, n_in) float32."""
-        parts = [self._tiles(part // TILE)[torch.arange(len(part)), part % TILE] for part in ids.split(CHUNK)]
+        parts = [
+            self._tiles(part // TILE)[torch.arange(len(part), device=part.device), part % TILE]
+            for part in ids.split(CHUNK)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, self.shape[1], device=self.device)
 
     def _tiles(self, index) -> Tensor:
@@ -103,7 +107,7 @@ class PackedWeight(nn.Module):
         quants = self.quants[index]
         if self.format == "nf4":
             quants = torch.stack([quants & 15, quants >> 4], -1).flatten(-2)
-            values = torch.tensor(NF4, device=self.device)[quants.int()]
+            values = _nf4(self.device)[quants.int()]
         elif self.format in ("int4", "q4_0", "q4_1"):
             values = torch.stack([quants & 15, quants >> 4], 2).flatten(1, 3).float()
             values -= 8 if self.minimums is None else 0
@@ -372,10 +376,15 @@ def _tile_scales(scales: Tensor, format: str) -> Tensor:
     return scales.to(stored).view(-1, TILE, scales.shape[1]).transpose(1, 2).contiguous()
 
 
+@cache
+def _nf4(device: torch.device) -> Tensor:
+    return torch.tensor(NF4, device=device)
+
+
 def _pack_nf4(weight: Tensor) -> PackedWeight:
     """Blocks of 64, the scales rounded again in blocks of 256 (Dettmers et al. 2023, "QLoRA", section 3): bitsandbytes'
     quantize_4bit. Its blocks run on from row to row, ours end with the row: the same where n_in is a multiple of 64."""
-    table = torch.tensor(NF4, device=weight.device)
+    table = _nf4(weight.device)
     quants, absmax = [], []
     for part in weight.split(CHUNK * TILE):
         blocks = nn.functional.pad(part.float(), (0, -part.shape[1] % 64)).view(len(part), -1, 64)

@@ -20,6 +20,7 @@ from pagoda.ops.formats import BlockedWeight, PackedWeight
 from pagoda.ops.recompute import to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
+CPU = torch.device("cpu")
 SCRATCH = 2**22  # numbers of a matrix that is cast into memory which stays
 _LOCAL = threading.local()
 
@@ -99,7 +100,7 @@ def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, T
         return
     size = n_out if n_out * n_in <= SCRATCH else 1024
     for first in range(0, n_out, size):
-        part = _scratch("weight", torch.Size((min(size, n_out - first), n_in)), dtype)
+        part = _scratch("weight", torch.Size((min(size, n_out - first), n_in)), dtype, CPU)
         cpu.kernels.dequantize(part.data_ptr(), address, first, len(part), _FLOATS[dtype])
         yield slice(first, first + len(part)), part
 
@@ -111,21 +112,21 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """`a @ b + bias` of matrices, rounded to dtype once."""
-    out = None if a.dtype == dtype else _scratch("result", torch.Size((len(a), b.shape[1])), a.dtype)
+    out = None if a.dtype == dtype else _scratch("result", torch.Size((len(a), b.shape[1])), a.dtype, a.device)
     y = torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     return y.to(dtype)
 
 
 def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    return x if x.dtype == dtype else _scratch(name, x.shape, dtype).copy_(x)
+    return x if x.dtype == dtype else _scratch(name, x.shape, dtype, x.device).copy_(x)
 
 
-def _scratch(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a matrix that one product needs in another dtype, and the next product again: fresh memory costs a
     page fault every 4 KB, and leaves the heap in pieces."""
     n = shape.numel()
-    if n > SCRATCH:
-        return torch.empty(shape, dtype=dtype)
+    if n > SCRATCH or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     kept = _LOCAL.__dict__
     if (name, dtype) not in kept or len(kept[name, dtype]) < n:
         kept[name, dtype] = torch.empty(n, dtype=dtype)
@@ -136,6 +137,8 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if torch.is_grad_enabled():
+        if weight.dtype == x.dtype and not x.is_cpu:
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _Linear.apply(x, weight, bias)
     if weight.dtype == x.dtype and not cpu.emulates(x):
         if x.is_cpu and x.shape[:-1].numel() == 1:  # takes a third less time than the product of a matrix of one row

@@ -170,15 +170,17 @@ def _softmax(losses: Tensor, logits: Tensor, targets: Tensor, softcap: float, z_
             z_loss,
         )
         return
-    for loss, rows, target in zip(losses.split(PIECE), logits.split(PIECE), targets.split(PIECE)):
-        x = rows.float()
-        slope = 1.0
+    piece = PIECE if logits.is_cpu else max(len(logits), 1)
+    for loss, rows, target in zip(losses.split(piece), logits.split(piece), targets.split(piece)):
+        x, index, scored = rows, target.clamp_min(0)[:, None], (target != IGNORE)[:, None]
         if softcap:
-            t = torch.tanh(x / softcap)
-            x, slope = softcap * t, 1 - t.square()
-        lse, index = x.logsumexp(-1, keepdim=True), target.clamp_min(0)[:, None]
-        scored = (target != IGNORE)[:, None]
-        loss.copy_(torch.where(scored, lse - x.gather(1, index) + z_loss * lse.square(), 0.0)[:, 0])
-        d = (x - lse).exp() * (1 + 2 * z_loss * lse)
-        d.scatter_add_(1, index, torch.full_like(lse, -1.0))
-        rows.copy_(torch.where(scored, d * slope, 0.0))
+            t = torch.tanh(rows.float() / softcap)
+            x = softcap * t
+        lse = x.float().logsumexp(-1, keepdim=True) if z_loss else 0.0
+        d = x.log_softmax(-1, torch.float32)
+        loss.copy_(torch.where(scored, z_loss * lse**2 - d.gather(1, index), 0.0)[:, 0])
+        d.exp_().mul_(1 + 2 * z_loss * lse) if z_loss else d.exp_()
+        d.scatter_(1, index, d.gather(1, index) - 1)
+        if softcap:
+            d *= 1 - t.square()
+        torch.mul(d, scored, out=rows)

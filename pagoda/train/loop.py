@@ -142,7 +142,8 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
     if o.release_gradients:
         norm = math.sqrt(sum(job.released))
     else:
-        norm = gradient_norm([p.grad for p in model.parameters() if p.grad is not None], o.clip)
+        trained = (p for group in optimizer.param_groups for p in group["params"])
+        norm = gradient_norm([p.grad for p in trained if p.grad is not None], o.clip)
     (loss,) = job.workers.sum(float(total))
     check_finite(job, loss, norm)
     if o.release_gradients:

@@ -129,6 +129,8 @@ def head_bytes(model: GPT, n_tokens: int, compute: int, used: int, device: torch
     logits = chunk * vocab_size * compute
     if compute == 2 and cpu.emulates(torch.empty(0, dtype=torch.bfloat16, device=device)):
         logits += 4 * min(BLOCK, vocab_size) * (chunk + n_embd)
+    if device.type != "cpu":
+        logits += 4 * chunk * vocab_size
     if not getattr(model.head.weight, "requires_grad", False):
         return logits
     if used > compute:
