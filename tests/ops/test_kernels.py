@@ -209,10 +209,12 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(k
     assert torch.equal(together, flat.run())
 
 
-def test_a_row_has_the_same_bits_however_the_prefill_is_cut(kernels):
+@pytest.mark.parametrize("window", [150, 151])
+@pytest.mark.parametrize("n_head", [6, 8, 10])
+def test_a_row_has_the_same_bits_however_the_prefill_is_cut(kernels, n_head, window):
     """Also a decode row beside the other drafts of a speculative step."""
     torch.manual_seed(7)
-    whole = Flat([200], [200], 6, 2, 64, torch.bfloat16, window=150)
+    whole = Flat([200], [200], n_head, 2, 64, torch.bfloat16, window=window)
     result = whole.run()
     for n, at_least in ((200 - 77, 9), (8, 1)):  # the last n queries as a step of their own
         whole.q, whole.queries = whole.q[-n:], [n]

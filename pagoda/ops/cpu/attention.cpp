@@ -30,12 +30,28 @@ constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
 // ---------------------------------------------------------------------------------------------------------- decode
 
+// Rows of several heads that will be needed, fetched into the L2 cache a head at a time in the order in which they lie in
+// memory: that decides, by a factor of two, how fast they come.
+template <class T> struct Ahead {
+  Heads<T> heads;
+  const int64_t *at, *end;
+  int64_t n_heads, head = 0;
+
+  Ahead(const Heads<T>& first, const int64_t* at, int64_t n, int64_t n_heads) : heads(first), at(at), end(at + n), n_heads(n_heads) {}
+  INLINE void next() {
+    if (at == end) return;
+    prefetch<2>(heads.row(*at) + head * heads.head_size, heads.head_size * sizeof(T));
+    if (++head == n_heads) head = 0, at++;
+  }
+};
+
 // x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
-template <class T, int R>
-void decode_scores(const Heads<T>& keys, const Heads<T>& values, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x) {
+// Meanwhile fetch() is called for each key, as in all of these.
+template <class T, int R, class F>
+void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x, F fetch) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
-    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
+    for (int64_t t = j; t < std::min(j + 4, n); t++) fetch();
     vf acc[4][R];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
@@ -62,33 +78,40 @@ void decode_scores(const Heads<T>& keys, const Heads<T>& values, const int64_t* 
   }
 }
 
-// The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
-template <int R>
-void decode_scores_bf16(const Heads<bf16>& keys, const Heads<bf16>& values, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x) {
+// The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements. n is
+// rounded up to eights.
+template <int R, class F>
+void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x, F fetch) {
+  constexpr int T = W == 16 && R <= 3 ? 8 : 4;  // keys at a time: what fits in the registers
   const int64_t head_size = keys.head_size;
-  for (int64_t j = 0; j < n; j += 4) {
-    for (int64_t t = j; t < std::min(j + 4, n); t++) values.fetch(at[t]);
-    vf acc[4][R];
+  for (int64_t j = 0; j < n; j += T) {
+    for (int64_t t = j; t < std::min(j + T, n); t++) fetch();
+    vf acc[R][T];
+    const bf16* rows[T];
+    for (int t = 0; t < T; t++) rows[t] = keys.row(at[std::min(j + t, n - 1)]);
     for (auto& row : acc)
       for (vf& a : row) a = zero();
-    for (int64_t d = 0; d < head_size; d += 2 * W)
-      for (int t = 0; t < 4; t++) {
-        const bf16* row = keys.row(at[std::min(j + t, n - 1)]) + d;
-        vi key;
-        if (d + 2 * W <= head_size) key = load_bits(row);
-        else {
-          bf16 tail[2 * W] = {};
-          memcpy(tail, row, (head_size - d) * sizeof(bf16));
-          key = load_bits(tail);
-        }
-        for (int r = 0; r < R; r++) acc[t][r] = dot_bf16(acc[t][r], load_bits(q + r * padded + d), key);
+    auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
+      UNROLL for (int t = 0; t < T; t++) {
+        const vi bits = load_bits(key(t));
+        UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], load_bits(q + r * padded + d), bits);
       }
-    for (int r = 0; r < R; r++) sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r], x + r * CHUNK + j);
+    };
+    int64_t d = 0;
+    for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return rows[t] + d; });
+    if (d < head_size) {
+      bf16 tail[T][2 * W] = {};
+      for (int t = 0; t < T; t++) memcpy(tail[t], rows[t] + d, (head_size - d) * sizeof(bf16));
+      step(d, [&](int t) { return (const bf16*)tail[t]; });
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      if constexpr (T == 8) sum8(acc[r], x + r * CHUNK + j);
+      else sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
+    }
   }
 }
 
 // o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from d on; of the last pair `length` exist.
-// Meanwhile fetch(j) is called for each j.
 template <class T, int R, int P, class F>
 INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t* at, int64_t n, const float* x, float* o,
                                 int64_t padded, int64_t length, F fetch) {
@@ -97,7 +120,7 @@ INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t
     for (vf& a : row) a = zero();
   T tail[2 * W] = {};
   for (int64_t j = 0; j < n; j++) {
-    fetch(j);
+    fetch();
     const T* row = values.row(at[j]) + d;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
@@ -115,7 +138,7 @@ template <class T, int R, class F>
 void decode_values(const Heads<T>& values, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, F fetch) {
   constexpr int P = W == 16 ? 2 : 1;
   const int64_t size = values.head_size;
-  auto nothing = [](int64_t) {};
+  auto nothing = [] {};
   int64_t d = 0;
   for (; d + 2 * W * P <= size; d += 2 * W * P) {
     if (d == 0) decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W, fetch);
@@ -142,8 +165,8 @@ template <class T> bool in_pairs(const Problem& p, int64_t products) {
 }
 
 // One chunk of keys against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16 at a time for
-// all heads, so that they stream from memory in order. What comes next is fetched meanwhile, evenly: the chunk's values
-// while keys are read, the next chunk's keys while values are read.
+// all heads. What comes next is fetched meanwhile, evenly: the chunk's values while keys are read, the next chunk's keys
+// while values are read.
 template <class T>
 void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* next, int64_t first, int64_t last, bool pairs) {
   struct Keys {
@@ -159,10 +182,8 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK, n_heads = last - first;
   const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
   const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at;
-  const Heads<T> all_keys(p.k, p.k_stride, nullptr, p, 0);
-
-  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in fours, the last may reach past
-  memory.resize(n_heads * rows * CHUNK + 4);
+  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in eights, the last may reach past
+  memory.resize(n_heads * rows * CHUNK + 8 + 16);
   float* scores = memory.data();
   auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
     for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
@@ -172,24 +193,24 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
       });
   };
 
+  Ahead<T> values_ahead({p.v, p.v_stride, nullptr, p, first}, at, n, n_heads);
+  Ahead<T> keys_ahead({p.k, p.k_stride, nullptr, p, 0}, later.at, next ? later.n : 0, p.n_kv_head);
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t count = std::min<int64_t>(16, n - j);
     for (int64_t head = first; head < last; head++) {
-      const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
-      for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*) {
+      const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head);
+      for_each_block(head, [&](auto R, int64_t r0, const float* q, float* x, float*) {
+        auto fetch = [&] { if (r0 == 0) values_ahead.next(); };
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) decode_scores_bf16<R>(keys, values, at + j, count, (const bf16*)q, 2 * padded, x + skipped + j);
-        if (!pairs) decode_scores<T, R>(keys, values, at + j, count, q, padded, x + skipped + j);
+          if (pairs) decode_scores_bf16<R>(keys, at + j, count, (const bf16*)q, 2 * padded, x + skipped + j, fetch);
+        if (!pairs) decode_scores<T, R>(keys, at + j, count, q, padded, x + skipped + j, fetch);
       });
     }
   }
   for (int64_t head = first; head < last; head++) {
     const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
-    auto fetch = [&](int64_t j) {
-      if (next && j % n_heads == head - first && j < later.n)
-        prefetch(all_keys.row(later.at[j]), p.n_kv_head * p.head_size * sizeof(T));
-    };
     for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result) {
+      auto fetch = [&] { if (r0 == 0) keys_ahead.next(); };
       for (int r = 0; r < R; r++) {
         float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
         if (keys.scale)

@@ -65,7 +65,6 @@ template <class T> struct Heads {
       : base((const T*)base + head * p.head_size), stride(stride), head_size(p.head_size),
         scale(scale ? scale + head : nullptr), scale_stride(p.n_kv_head) {}
   INLINE const T* row(int64_t at) const { return base + at * stride; }
-  INLINE void fetch(int64_t at) const { prefetch(row(at), head_size * sizeof(T)); }
   INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
 };
 
