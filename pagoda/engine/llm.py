@@ -19,6 +19,7 @@ from pagoda.models.download import ADAPTER, resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import load
 from pagoda.ops.cpu import kernels
+from pagoda.ops.formats import PackedWeight
 from pagoda.peft.files import load_adapter
 
 Messages = list[dict[str, Any]]
@@ -63,6 +64,7 @@ class LLM:
         device: str = "auto",
         quantize: str | None = None,
         kv_dtype: str = "auto",
+        batch_invariant: bool = False,
     ) -> LLM:
         """From a directory, a GGUF file, a known name or a Hub id, which is downloaded when it is not there yet.
 
@@ -71,8 +73,9 @@ class LLM:
         device     `auto`, `cpu`, `cuda`, `mps`, ...
         quantize   the weights to `int8`, `int4` or `nf4` (the activations are then float32 unless dtype says otherwise)
         kv_dtype   of the cache: `auto` for bf16 (float32 where dtype is float32), `float32`, `bf16`, `int8`
+        batch_invariant  the same bits in any company with `nf4` too (the other formats have them anyway)
         """
-        model, cache_dtype, path = load_model(name, Weights(dtype, device, quantize, kv_dtype))
+        model, cache_dtype, path = load_model(name, Weights(dtype, device, quantize, kv_dtype, batch_invariant))
         return cls(model, load_tokenizer(path), str(name), cache_dtype)
 
     def generate(
@@ -164,6 +167,9 @@ def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Pa
     elif device.type == "cpu":
         quantize = "blocked"
     model = load(path, dtype, device, quantize=quantize)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.invariant = weights.batch_invariant
     if adapter:
         load_adapter(model, found)
         path = found if (found / "tokenizer.json").is_file() else path

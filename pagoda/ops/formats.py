@@ -47,6 +47,14 @@ NF4 = (
 )
 
 
+def _flag(name: str) -> property:
+    """An attribute that the kernels read too."""
+    return property(
+        lambda self: self.__dict__[f"_{name}"],
+        lambda self, value: self.__dict__.update({f"_{name}": value, "_view": None}),
+    )
+
+
 class PackedWeight(nn.Module):
     """A matrix (n_out, n_in) in one of FORMATS. Its tensors are buffers, so it moves, saves and loads like any module.
 
@@ -58,12 +66,16 @@ class PackedWeight(nn.Module):
     exact: multiply unrounded float32 activations on the CPU. Without it the integer formats round activations to int8
     (per row and block of 32; with the bits of a GGUF file an eighth of the blocks to twice as many), and bf16 weights
     round them to bf16 where the CPU has AVX512_BF16.
+    invariant: the bits of a row's result do not depend on how many rows there are. Without it nf4 is multiplied in
+    another way for many rows than for few, where that is faster; the other formats are invariant anyway.
     """
+
+    exact, invariant = (_flag(name) for name in ("exact", "invariant"))
 
     def __init__(self, format: str, shape: tuple[int, int], group_size: int, dtype: torch.dtype, **tensors: Tensor):
         super().__init__()
         self.format, self.shape, self.group_size, self.dtype = format, torch.Size(shape), group_size, dtype
-        self.exact = False
+        self.exact = self.invariant = False
         for name in ("quants", "scales", "minimums", "codes", "absmax", "mean"):
             self.register_buffer(name, tensors.get(name))
 
@@ -144,19 +156,12 @@ class PackedWeight(nn.Module):
             pointers = [0 if t is None else t.data_ptr() for t in tensors]
             zero_point = 8 if _KIND[self.format] == 3 and self.minimums is None else 0
             fine = self.format in GGUF_BLOCK
-            words = [_KIND[self.format], *self.shape, self.exact, fine, self.group_size // BLOCK, zero_point, *pointers]
+            options = self.exact, self.invariant, fine, self.group_size // BLOCK, zero_point
+            words = [_KIND[self.format], *self.shape, *options, *pointers]
             self._words = torch.tensor(words, dtype=torch.int64)
             readable = all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors)
             self._view = (self._words.data_ptr() if readable else 0, *self.shape)
         return self._view
-
-    @property
-    def exact(self) -> bool:
-        return self._exact
-
-    @exact.setter
-    def exact(self, value: bool):
-        self._exact, self._view = value, None
 
     def _apply(self, fn, recurse=True):
         """Moves the tensors as `.to` and its like ask, but keeps their dtypes: they are bits, not numbers."""

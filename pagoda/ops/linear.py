@@ -36,6 +36,10 @@ def linear(
         y = _PackedLinear.apply(x, weight)
         y = y if bias is None else y + bias
         return y if residual is None else y + residual
+    if _multiplies_in_bf16(x, weight):
+        y = _product_in_bf16(x, weight)
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y if residual is None else y + residual
     address, n_out, n_in = weight.kernel_view() if cpu.usable(x) and x.dtype in _FLOATS else (0, 0, 0)
     if not address:
         return _reference(x, weight, bias, residual)
@@ -50,7 +54,7 @@ def linear(
 def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
     views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
-    if not views or not all(address for address, _, _ in views):
+    if not views or not all(address for address, _, _ in views) or any(_multiplies_in_bf16(x, w) for w in weights):
         blocks = getattr(weights[0], "blocks", None)  # of one matrix, perhaps
         joined = blocks is not None and all(getattr(w, "blocks", None) is blocks for w in weights)
         if joined and not torch.is_grad_enabled():
@@ -103,6 +107,22 @@ def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, T
         part = _scratch("weight", torch.Size((min(size, n_out - first), n_in)), dtype, CPU)
         cpu.kernels.dequantize(part.data_ptr(), address, first, len(part), _FLOATS[dtype])
         yield slice(first, first + len(part)), part
+
+
+def _multiplies_in_bf16(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether NF4 and the activations are rounded to bf16 for many rows: PyTorch multiplies that twice as fast as the
+    kernel multiplies NF4, which without AMX it does in float32, as for few rows. Training in float32 rounds nothing."""
+    if x.dtype != torch.bfloat16 and not torch.is_inference_mode_enabled():
+        return False
+    if weight.format != "nf4" or weight.exact or weight.invariant or x.numel() < 128 * x.shape[-1]:
+        return False
+    return x.is_cpu and cpu.kernel_path() == "avx512_bf16"
+
+
+def _product_in_bf16(x: Tensor, weight: PackedWeight) -> Tensor:
+    rows = _cast(x.reshape(-1, x.shape[-1]), torch.bfloat16, "x")
+    parts = [product(rows, part.T, x.dtype) for _, part in _chunks(weight, torch.bfloat16)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*x.shape[:-1], -1)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -213,12 +233,6 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.weight = weight
-        rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
-        # PyTorch multiplies bf16 twice as fast as the kernel multiplies NF4, which it does in float32 without AMX.
-        native = dtype == torch.bfloat16 == product_dtype(x) and cpu.kernel_path() != "amx"
-        if native and weight.format == "nf4" and not weight.exact and len(rows) >= 128:
-            parts = [product(rows, part.T, dtype) for _, part in _chunks(weight, dtype)]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*x.shape[:-1], -1)
         with torch.no_grad():
             return linear(x, weight)
 

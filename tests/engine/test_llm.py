@@ -3,9 +3,29 @@
 from functools import cache
 
 import pytest
+import tiny
 import torch
 
 from pagoda import LLM, PagodaError
+from pagoda.engine.llm import load_model
+from pagoda.engine.options import Weights
+from pagoda.models.batch import Batch
+from pagoda.ops import cpu
+from pagoda.ops.formats import PackedWeight
+
+
+def test_nf4_is_invariant_when_asked(tmp_path):
+    """Alone a prompt has too few rows to be multiplied in another way, in company not."""
+    tiny.saved("llama", tmp_path)
+    model, _, _ = load_model(tmp_path, Weights(device="cpu", quantize="nf4", batch_invariant=True))
+    assert all(m.invariant for m in model.modules() if isinstance(m, PackedWeight))
+    prompts = [tiny.prompt(50, s) for s in range(4)]
+    with torch.inference_mode():
+        together = model(torch.cat(prompts), Batch.of([50] * 4))
+        alone = model(prompts[0])
+    if cpu.kernels is not None:
+        assert torch.equal(together[:50], alone)
+
 
 TEXT = "The sun rose over the quiet harbour, and the first boats left for the open sea."
 

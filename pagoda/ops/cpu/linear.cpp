@@ -8,8 +8,8 @@
 // are exact integers inside a block, blocks add up in float32. With Weight::fine the eighth of a row's blocks with the
 // largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 where the CPU has AVX512_BF16: activations are
 // rounded to bf16 and multiplied in pairs. All else, and Weight::exact: float32 activations times the dequantized
-// weight, k by k. With a matrix unit (amx.h) BF16 goes through it, and NF4 rounded to bf16; BITS4 and BITS8 do where
-// rows are many, with the same integers and so the same bits.
+// weight, k by k. With a matrix unit (amx.h) BF16 goes through it, and NF4 rounded to bf16 (one row only where it is
+// Weight::invariant: that halves its speed); BITS4 and BITS8 do where rows are many, with the same integers and so the same bits.
 //
 // Bounds. One row: the packed bytes at memory speed (4 bits with scale and minimum: 20 bytes per 32 weights). Many
 // rows: the multipliers; a block of 32 k x 16 outputs takes 8 VNNI instructions a row and 2 to 4 more to scale the sum;
@@ -34,6 +34,7 @@ struct Weight {
   Kind kind;
   int64_t n_out, n_in;
   int64_t exact;        // multiply unrounded activations
+  int64_t invariant;    // NF4: one arithmetic for any number of rows
   int64_t fine;         // BITS4, BITS8 with groups: round the blocks that err most twice
   int64_t group;        // BITS4, BITS8: blocks of 32 k that share a scale, 0: one float32 scale per row
   int64_t zero_point;   // BITS4: the quant that means zero, 8 or 0
@@ -236,9 +237,15 @@ template <int BITS, int R> INLINE void dot_block(const uint8_t* q, const int32_t
   }
 }
 
+// What a pass of some rows over a tile fetches for later: of the tile that begins at `from` one block of `every`.
+struct Later {
+  const uint8_t* from;  // null: nothing
+  int64_t every, first;
+};
+
 // sums (R, 16) of one tile.
 template <int BITS, Scales SCALES, int R>
-void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums) {
+void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, const Later& later, float* sums) {
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
   const int32_t* offsets = BITS == 8 ? (SIGNED_BIAS ? x.offset8 : nullptr) : (w.zero_point ? x.offset4 : nullptr);
   for (int part = 0; part < PARTS; part++) {
@@ -247,10 +254,11 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, float* sums)
     const f16* minimum = w.minimums + tile * n_groups * TILE + part * W;
     vf acc[R];
     UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
-    int64_t left = w.group;
+    int64_t left = w.group, fetched = later.from && part == 0 ? later.first : n_blocks;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
       const int32_t* quads = x.quads + b * 8 * R;
       if (R == 1) prefetch(q + AHEAD, 64 * BITS);
+      else if (b == fetched) prefetch<2>(later.from + b * 64 * BITS, 64 * BITS), fetched += later.every;
       vi dot[R];
       UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
       dot_block<BITS, R>(q, quads, dot);
@@ -290,7 +298,7 @@ template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Resi
   }
 }
 
-using IntegerTile = void (*)(const Weight&, int64_t, const Int8Rows&, float*);
+using IntegerTile = void (*)(const Weight&, int64_t, const Int8Rows&, const Later&, float*);
 template <int BITS, Scales SCALES, int... R>
 constexpr std::array<IntegerTile, sizeof...(R)> integer_tiles(std::integer_sequence<int, R...>) {
   return {integer_tile<BITS, SCALES, R + 1>...};
@@ -395,7 +403,7 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
     for (vf& a : tile) a = zero();
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R)
     UNROLL for (int t = 0; t < T * PARTS; t++) {
-      if (R == 1 && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + step * TILE * 4 + AHEAD, 64);
+      if (R < MAX_ROWS && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + step * TILE * 4 + AHEAD, 64);
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
       UNROLL for (int i = 0; i < View::COUNT; i++)
@@ -475,7 +483,7 @@ Form form_of(const Weight& w, int64_t rows) {
   if (w.exact) return FLOAT32_ROWS;
 #if MATRIX_UNIT
   if (integers && rows >= 48) return INT8_LINES;  // so many that unpacking pays; for all weights alike, they share the rows
-  if (w.kind == BF16_PAIRS || w.kind == NF4) return BF16_LINES;
+  if (w.kind == BF16_PAIRS || (w.kind == NF4 && (rows > 1 || w.invariant))) return BF16_LINES;
 #elif defined(__AVX512BF16__)
   if (w.kind == BF16_PAIRS) return PAIR_ROWS;
 #endif
@@ -509,8 +517,10 @@ void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile,
 
 void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
-  int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
+  const int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
+  const int64_t tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_groups = task.rows.n_groups;
   const int64_t n_residuals = count_residuals(n_blocks);
+  const bool few = share.bands == 1 && n_groups <= 8;  // rows in whose time the next chunk has to come from memory
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[MAX_ROWS * TILE];
   for (int64_t from = share.begin; from < share.end; from += chunk)
@@ -520,7 +530,8 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
       IntegerTile multiply = integer_kernel(w, R);
       Int8Rows x = task.x.int8.group(row * n_blocks, R);
       for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
-        multiply(w, tile, x, sums);
+        const bool more = few && tile + chunk < share.end;
+        multiply(w, tile, x, {more ? w.quants + (tile + chunk) * tile_bytes : nullptr, n_groups, group}, sums);
         if (w.fine)
           for (int r = 0; r < R; r++)
             refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);
