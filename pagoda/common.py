@@ -183,6 +183,13 @@ def keep_heap() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
+def use_huge_pages(address: int, size: int) -> None:
+    """Ask for pages of 2 MB where that memory is touched for the first time; where there are none nothing happens."""
+    first, end = -(-address // 2**21) * 2**21, (address + size) // 2**21 * 2**21
+    if sys.platform == "linux" and first < end and hasattr(libc := ctypes.CDLL(None), "madvise"):
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), 14)  # MADV_HUGEPAGE
+
+
 def trim_heap() -> None:
     """Give freed memory back to the system: glibc keeps it, also the holes between what is still in use."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

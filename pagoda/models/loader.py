@@ -23,7 +23,7 @@ from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
 from pagoda.models.registry import from_hf_config
-from pagoda.ops.formats import GGUF_BLOCK, BlockedWeight, PackedWeight, pack, pack_gguf
+from pagoda.ops.formats import GGUF_BLOCK, Arena, BlockedWeight, PackedWeight, pack, pack_gguf
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -261,7 +261,7 @@ def fill(
     quantize: str | None,
 ) -> None:
     """Replace the meta parameters of a model by those of a checkpoint, one after the other."""
-    converted = 0
+    converted, arena = 0, Arena()
     for param, parts in find_weights(model, checkpoint, path).items():
         module, leaf = model.get_submodule(param.rpartition(".")[0]), param.rpartition(".")[2]
         shape = getattr(module, leaf).shape
@@ -290,6 +290,8 @@ def fill(
             if is_view:
                 set_weight(module, leaf, weight)
                 continue
+        if device.type == "cpu" and format not in (None, "blocked"):
+            weight._apply(arena)
         set_weight(module, leaf, weight)
         for name in flatten(parts):
             checkpoint.release(name)

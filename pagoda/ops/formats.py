@@ -27,7 +27,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, use_huge_pages
 from pagoda.ops.cpu import emulates
 
 TILE = 16  # rows of a tile
@@ -173,8 +173,9 @@ class PackedWeight(nn.Module):
         self._view = None
         super()._load_from_state_dict(*args)
 
-    def __getstate__(self):  # copies and pickles must not share the addresses
-        return {**self.__dict__, "_view": None, "_words": None}
+    def __getstate__(self):  # copies and pickles must not share the addresses, nor take an arena along
+        buffers = {name: None if t is None else t.clone() for name, t in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers, "_view": None, "_words": None}
 
 
 class BlockedWeight(PackedWeight):
@@ -236,6 +237,26 @@ class BlockedWeight(PackedWeight):
         matrix = state.pop("matrix")
         super().__setstate__(state)
         self.blocks, self.part = BlockedWeight(matrix).blocks, slice(0, len(matrix))
+
+
+class Arena:
+    """Where the weights of a model lie one behind the other, in pages of 2 MB where the system has them: the processor
+    then finds their addresses with less searching, and on a virtual machine they come up to a quarter faster."""
+
+    SIZE = 2**25 + 2**22  # more than glibc ever takes from its heap: it goes back to the system
+
+    def __init__(self):
+        self.free = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """A copy of t in here, on a cache line."""
+        n = -(-t.nbytes // 64) * 64
+        if n > len(self.free):
+            memory = torch.empty(max(self.SIZE, n + 2**21), dtype=torch.uint8)
+            use_huge_pages(memory.data_ptr(), memory.nbytes)
+            self.free = memory[-memory.data_ptr() % 2**21 :]
+        place, self.free = self.free[:n], self.free[n:]
+        return place[: t.nbytes].view(t.dtype).view(t.shape).copy_(t)
 
 
 def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = False) -> PackedWeight:
