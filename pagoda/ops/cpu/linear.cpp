@@ -58,7 +58,7 @@ struct Product {
 };
 
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
-constexpr int64_t AHEAD = 4096;       // bytes of weights asked for in advance: the CPU's own prefetching ends at every page
+constexpr int64_t AHEAD = 8192;       // bytes of weights asked for in advance: the CPU's own prefetching ends at every page
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
@@ -401,14 +401,17 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
   vf acc[T * PARTS][R];
   for (auto& tile : acc)
     for (vf& a : tile) a = zero();
-  for (int64_t step = 0; step < steps; step++, x += View::COUNT * R)
+  const int64_t size = steps * TILE * 4;  // of a tile; behind its end come others that are read beside it, then its successor
+  for (int64_t step = 0; step < steps; step++, x += View::COUNT * R) {
+    const int64_t at = step * TILE * 4 + AHEAD, ahead = at < size ? at : at + (T - 1) * size;
     UNROLL for (int t = 0; t < T * PARTS; t++) {
-      if (R < MAX_ROWS && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + step * TILE * 4 + AHEAD, 64);
+      if (R < MAX_ROWS && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
       UNROLL for (int i = 0; i < View::COUNT; i++)
         UNROLL for (int r = 0; r < R; r++) acc[t][r] = View::multiply(acc[t][r], v[i], x + i * R + r);
     }
+  }
   UNROLL for (int t = 0; t < T * PARTS; t++)
     UNROLL for (int r = 0; r < R; r++) store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, acc[t][r]);
 }
