@@ -61,9 +61,8 @@ def main() -> None:
             "llama.cpp, TinyLlama's shape, Q4_0": [*llamacpp, tiny, "same", *size, threads],
         }
         rounds = [{name: run(command) for name, command in systems.items()} for _ in range(args.rounds)]
-    median = {
-        name: {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]} for name in systems
-    }
+    figures = {name: [key for key, x in rounds[0][name].items() if not isinstance(x, dict)] for name in systems}
+    median = {name: {k: statistics.median(r[name][k] for r in rounds) for k in keys} for name, keys in figures.items()}
     report(table(median, args))
 
 

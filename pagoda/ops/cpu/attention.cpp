@@ -38,6 +38,7 @@ template <class T> struct Ahead {
   int64_t n_heads, head = 0;
 
   Ahead(const Heads<T>& first, const int64_t* at, int64_t n, int64_t n_heads) : heads(first), at(at), end(at + n), n_heads(n_heads) {}
+  void all() { while (at != end) next(); }
   INLINE void next() {
     if (at == end) return;
     prefetch<2>(heads.row(*at) + head * heads.head_size, heads.head_size * sizeof(T));
@@ -166,9 +167,9 @@ template <class T> bool in_pairs(const Problem& p, int64_t products) {
 
 // One chunk of keys against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16 at a time for
 // all heads. What comes next is fetched meanwhile, evenly: the chunk's values while keys are read, the next chunk's keys
-// while values are read.
+// while values are read. The keys of a thread's first chunk, `cold`, are fetched at once.
 template <class T>
-void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* next, int64_t first, int64_t last, bool pairs) {
+void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* next, int64_t first, int64_t last, bool pairs, bool cold) {
   struct Keys {
     int64_t skipped, n, at[CHUNK];
     Keys(const Sequence& s, int64_t start) {
@@ -193,6 +194,7 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
       });
   };
 
+  if (cold) Ahead<T>({p.k, p.k_stride, nullptr, p, first}, at, n, n_heads).all();
   Ahead<T> values_ahead({p.v, p.v_stride, nullptr, p, first}, at, n, n_heads);
   Ahead<T> keys_ahead({p.k, p.k_stride, nullptr, p, 0}, later.at, next ? later.n : 0, p.n_kv_head);
   for (int64_t j = 0; j < n; j += 16) {
@@ -307,8 +309,9 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
     for (int64_t i = begin; i < end;) {
       const int64_t first = i % heads, last = std::min(heads, first + end - i);
       const DecodeItem* item = &items[i / heads];
+      const bool cold = i == begin;
       i += last - first;
-      decode_chunk<T>(p, *item, i < end ? item + 1 : nullptr, first, last, pairs);
+      decode_chunk<T>(p, *item, i < end ? item + 1 : nullptr, first, last, pairs, cold);
     }
   });
   parallel_for(shares.size() * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
