@@ -90,14 +90,8 @@ class Attention(nn.Module):
             if angles is not None:
                 q, k = rotary(q, k, *angles)
             k, v, angles = *batch.virtual.put(self.layer, k, v), None
-        options = dict(
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            scale=self.scale,
-            window=self.window,
-            softcap=c.attn_softcap,
-            alibi=slopes,
-        )
+        options = dict(scale=self.scale, window=self.window, softcap=c.attn_softcap, alibi=slopes)
+        options |= dict(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
         if cache is None:
             if angles is not None:
                 q, k = rotary(q, k, *angles)
@@ -108,17 +102,8 @@ class Attention(nn.Module):
                 q = rotary_store(q, k, v, *angles, *pages)
             else:
                 store_kv(k, v, *pages)
-            y = attention(
-                q,
-                cache.k,
-                cache.v,
-                block_table=batch.block_table,
-                seq_lens=batch.seq_lens,
-                max_seq_len=batch.max_seq_len,
-                k_scale=cache.k_scale,
-                v_scale=cache.v_scale,
-                **options,
-            )
+            options |= dict(block_table=batch.block_table, seq_lens=batch.seq_lens, max_seq_len=batch.max_seq_len)
+            y = attention(q, cache.k, cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale, **options)
         return self.o_proj(y.flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,17 +57,8 @@ def _kernel(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     y = gate.new_empty(gate.shape)
     gate, n_rows, stride = cpu.rows(gate)
     up, _, up_stride = (None, 0, 0) if up is None else cpu.rows(up)
-    cpu.kernels.gated(
-        y.data_ptr(),
-        gate.data_ptr(),
-        cpu.pointer(up),
-        n_rows,
-        gate.shape[-1],
-        stride,
-        up_stride,
-        cpu.DTYPE[gate.dtype],
-        _KERNELS[act],
-    )
+    sizes = n_rows, gate.shape[-1], stride, up_stride
+    cpu.kernels.gated(*cpu.pointers(y, gate, up), *sizes, cpu.DTYPE[gate.dtype], _KERNELS[act])
     return y
 
 
@@ -88,17 +79,6 @@ class _Gated(torch.autograd.Function):
         d_gate, d_up = torch.empty_like(grad), None if up is None else torch.empty_like(grad)
         gate, n_rows, stride = cpu.rows(gate)
         up, _, up_stride = (None, 0, 0) if up is None else cpu.rows(up)
-        cpu.kernels.gated_backward(
-            d_gate.data_ptr(),
-            cpu.pointer(d_up),
-            grad.data_ptr(),
-            gate.data_ptr(),
-            cpu.pointer(up),
-            n_rows,
-            gate.shape[-1],
-            stride,
-            up_stride,
-            cpu.DTYPE[gate.dtype],
-            _KERNELS[ctx.act],
-        )
+        tensors, sizes = cpu.pointers(d_gate, d_up, grad, gate, up), (n_rows, gate.shape[-1], stride, up_stride)
+        cpu.kernels.gated_backward(*tensors, *sizes, cpu.DTYPE[gate.dtype], _KERNELS[ctx.act])
         return d_gate, d_up, None

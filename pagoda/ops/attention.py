@@ -85,16 +85,7 @@ def _gather(pages: Tensor, index: Tensor, length: int, scale: Tensor | None, dty
     return rows.to(dtype) if steps is None else (rows.float() * steps[..., None]).to(dtype)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    alibi: Tensor | None,
-) -> Tensor:
+def _attend(q, k, v, scale, causal, window, softcap, alibi) -> Tensor:
     """One sequence: q (n_q, n_head, head_size) are the last n_q of the n_k positions of k and v."""
     n_q, n_head, _ = q.shape
     n_k, n_kv_head, _ = k.shape
@@ -239,22 +230,9 @@ def _kernel_trains(q, k, v, cu_seqlens) -> bool:
 
 
 def _kernel(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    scale,
-    causal,
-    window,
-    softcap,
-    alibi,
-    block_table=None,
-    seq_lens=None,
-    k_scale=None,
-    v_scale=None,
-    products=1,
-    lse=None,
-) -> Tensor:
+    q, k, v, cu_seqlens, scale, causal, window, softcap, alibi,
+    block_table=None, seq_lens=None, k_scale=None, v_scale=None, products=1, lse=None,
+) -> Tensor:  # fmt: skip
     """`products`: 0 multiplies in float32 always, 1 in bf16 where the CPU does, 2 in bf16 even if emulated (tests).
     `lse` (N, n_head) float32 takes the log-sum-exp of each row of scores."""
     _, n_head, head_size = q.shape
@@ -262,43 +240,15 @@ def _kernel(
     out = torch.empty_like(q)
     if block_table is None:
         k, v, page_size, max_pages = cpu.heads(k), cpu.heads(v), 0, 0
-        n_kv_head = k.shape[1]
-        k_stride, v_stride = k.stride(0), v.stride(0)
+        n_kv_head, strides = k.shape[1], (q.stride(0), k.stride(0), v.stride(0))
     else:
         _, page_size, n_kv_head, _ = k.shape
-        max_pages = block_table.stride(0)
-        k_stride = v_stride = n_kv_head * head_size
-    if alibi is not None:
-        alibi = alibi.float().contiguous()
-    cpu.kernels.attention(
-        out.data_ptr(),
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        cu_seqlens.data_ptr(),
-        0 if block_table is None else block_table.data_ptr(),
-        0 if block_table is None else seq_lens.data_ptr(),
-        cpu.pointer(k_scale),
-        cpu.pointer(v_scale),
-        cpu.pointer(alibi),
-        cpu.pointer(lse),
-        cu_seqlens.shape[0] - 1,
-        n_head,
-        n_kv_head,
-        head_size,
-        page_size,
-        max_pages,
-        q.stride(0),
-        k_stride,
-        v_stride,
-        cpu.DTYPE[q.dtype],
-        cpu.DTYPE[k.dtype],
-        causal,
-        window,
-        scale,
-        softcap,
-        products,
-    )
+        max_pages, strides = block_table.stride(0), (q.stride(0), n_kv_head * head_size, n_kv_head * head_size)
+    alibi = None if alibi is None else alibi.float().contiguous()
+    tensors = cpu.pointers(out, q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale, alibi, lse)
+    sizes = cu_seqlens.shape[0] - 1, n_head, n_kv_head, head_size, page_size, max_pages
+    dtypes, options = (cpu.DTYPE[q.dtype], cpu.DTYPE[k.dtype]), (causal, window, scale, softcap, products)
+    cpu.kernels.attention(*tensors, *sizes, *strides, *dtypes, *options)
     return out
 
 
@@ -323,27 +273,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         scratch = torch.empty(2, n, n_head, head_size)
         grad = grad.contiguous()
-        cpu.kernels.attention_backward(
-            dq.data_ptr(),
-            dk.data_ptr(),
-            dv.data_ptr(),
-            scratch.data_ptr(),
-            grad.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            cu_seqlens.data_ptr(),
-            cpu.pointer(alibi),
-            cu_seqlens.shape[0] - 1,
-            n_head,
-            k.shape[1],
-            head_size,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            cpu.DTYPE[q.dtype],
-            *ctx.options,
-        )
+        tensors = cpu.pointers(dq, dk, dv, scratch, grad, out, lse, q, k, v, cu_seqlens, alibi)
+        sizes = cu_seqlens.shape[0] - 1, n_head, k.shape[1], head_size, q.stride(0), k.stride(0), v.stride(0)
+        cpu.kernels.attention_backward(*tensors, *sizes, cpu.DTYPE[q.dtype], *ctx.options)
         return dq, dk, dv, None, None, None, None, None, None

@@ -159,16 +159,8 @@ def _softmax(losses: Tensor, logits: Tensor, targets: Tensor, softcap: float, z_
     """Writes each row's loss, and over its logits the gradient of that loss."""
     if cpu.usable(logits) and logits.dtype in cpu.FLOATS and logits.is_contiguous():
         targets = targets.contiguous()
-        cpu.kernels.cross_entropy(
-            losses.data_ptr(),
-            logits.data_ptr(),
-            targets.data_ptr(),
-            *logits.shape,
-            cpu.DTYPE[logits.dtype],
-            IGNORE,
-            softcap,
-            z_loss,
-        )
+        tensors = cpu.pointers(losses, logits, targets)
+        cpu.kernels.cross_entropy(*tensors, *logits.shape, cpu.DTYPE[logits.dtype], IGNORE, softcap, z_loss)
         return
     piece = PIECE if logits.is_cpu else max(len(logits), 1)
     for loss, rows, target in zip(losses.split(piece), logits.split(piece), targets.split(piece)):

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     x (..., n), weight (n,). `offset` is 1 for the Gemma families, whose weights are stored around zero.
     """
     if _kernel_takes(x, weight):
-        return _kernel_rms_norm(x, None, weight, eps, offset)[1]
+        return _kernel_norm(x, None, weight, None, eps, offset)[1]
     if _kernel_trains(x, weight):
         return _trained(x, None, weight, None, eps, offset)[1]
     if weight.dtype == x.dtype and not offset:
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm over the last dimension (Ba et al. 2016). x (..., n), weight and bias (n,)."""
     if _kernel_takes(x, weight):
-        return _kernel_layer_norm(x, None, weight, bias, eps)[1]
+        return _kernel_norm(x, None, weight, bias, eps, None)[1]
     if _kernel_trains(x, weight):
         return _trained(x, None, weight, bias, eps, None)[1]
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
@@ -48,7 +48,7 @@ def add(x: Tensor, delta: Tensor) -> Tensor:
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """The residual step and the norm after it: `(x + delta, rms_norm(x + delta))`."""
     if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
-        return _kernel_rms_norm(x, delta, weight, eps, offset)
+        return _kernel_norm(x, delta, weight, None, eps, offset)
     if _kernel_trains(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
         return _trained(x, delta, weight, None, eps, offset)
     x = x + delta
@@ -58,7 +58,7 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: f
 def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The residual step and the norm after it: `(x + delta, layer_norm(x + delta))`."""
     if _kernel_takes(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
-        return _kernel_layer_norm(x, delta, weight, bias, eps)
+        return _kernel_norm(x, delta, weight, bias, eps, None)
     if _kernel_trains(x, weight) and delta.dtype == x.dtype and delta.shape == x.shape:
         return _trained(x, delta, weight, bias, eps, None)
     x = x + delta
@@ -76,59 +76,21 @@ def _kernel_trains(x: Tensor, weight: Tensor) -> bool:
     return cpu.trains(x) and x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS and weight.is_contiguous()
 
 
-def _layout(x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, int, int, int]:
-    y = x.new_empty(x.shape)
+def _kernel_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, offset: float | None
+) -> tuple[Tensor | None, Tensor]:
+    """(x + delta, its norm), or (None, the norm of x). RMS norm where offset is a number, else layer norm."""
+    y, total, delta_stride = x.new_empty(x.shape), None, 0
     x, n_rows, stride = cpu.rows(x)
-    if delta is None:
-        return x, None, None, y, n_rows, stride, 0
-    total = y.new_empty(y.shape)
-    delta, _, delta_stride = cpu.rows(delta)
-    return x, delta, total, y, n_rows, stride, delta_stride
-
-
-def _kernel_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float
-) -> tuple[Tensor | None, Tensor]:
-    x, delta, total, y, n_rows, stride, delta_stride = _layout(x, delta)
-    cpu.kernels.rms_norm(
-        y.data_ptr(),
-        cpu.pointer(total),
-        x.data_ptr(),
-        cpu.pointer(delta),
-        weight.data_ptr(),
-        n_rows,
-        x.shape[-1],
-        stride,
-        delta_stride,
-        cpu.DTYPE[x.dtype],
-        cpu.DTYPE[weight.dtype],
-        eps,
-        offset,
-    )
-    return total, y
-
-
-def _kernel_layer_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor | None, Tensor]:
-    x, delta, total, y, n_rows, stride, delta_stride = _layout(x, delta)
-    if bias is not None:
-        bias = bias.to(weight.dtype).contiguous()
-    cpu.kernels.layer_norm(
-        y.data_ptr(),
-        cpu.pointer(total),
-        x.data_ptr(),
-        cpu.pointer(delta),
-        weight.data_ptr(),
-        cpu.pointer(bias),
-        n_rows,
-        x.shape[-1],
-        stride,
-        delta_stride,
-        cpu.DTYPE[x.dtype],
-        cpu.DTYPE[weight.dtype],
-        eps,
-    )
+    if delta is not None:
+        total = y.new_empty(y.shape)
+        delta, _, delta_stride = cpu.rows(delta)
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    layout = n_rows, x.shape[-1], stride, delta_stride, cpu.DTYPE[x.dtype], cpu.DTYPE[weight.dtype]
+    if offset is None:
+        cpu.kernels.layer_norm(*cpu.pointers(y, total, x, delta, weight, bias), *layout, eps)
+    else:
+        cpu.kernels.rms_norm(*cpu.pointers(y, total, x, delta, weight), *layout, eps, offset)
     return total, y
 
 
@@ -136,14 +98,11 @@ def _kernel_layer_norm(
 
 
 class _Norm(torch.autograd.Function):
-    """(x + delta, its norm), or (None, the norm of x). What was normed is kept. RMS norm where offset is a number."""
+    """As `_kernel_norm`. What was normed is kept."""
 
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps, offset):
-        if offset is None:
-            total, y = _kernel_layer_norm(x, delta, weight, bias, eps)
-        else:
-            total, y = _kernel_rms_norm(x, delta, weight, eps, offset)
+        total, y = _kernel_norm(x, delta, weight, bias, eps, offset)
         ctx.save_for_backward(x if delta is None else total, weight)
         ctx.options, ctx.fused, ctx.bias_dtype = (eps, offset), delta is not None, None if bias is None else bias.dtype
         return total, y
@@ -160,13 +119,12 @@ class _Norm(torch.autograd.Function):
         shape = -(-n_rows // block), x.shape[-1]  # sums over blocks of rows, so that threads do not meet
         sums = [torch.empty(shape) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
         layout = n_rows, x.shape[-1], stride, cpu.DTYPE[x.dtype], cpu.DTYPE[weight.dtype]
-        tensors = [cpu.pointer(t) for t in (grad, grad_total, x, weight)]
         if offset is None:
-            cpu.kernels.layer_norm_backward(
-                dx.data_ptr(), *(cpu.pointer(s) for s in sums), *tensors, *layout, eps, block
-            )
+            tensors = cpu.pointers(dx, *sums, grad, grad_total, x, weight)
+            cpu.kernels.layer_norm_backward(*tensors, *layout, eps, block)
         else:
-            cpu.kernels.rms_norm_backward(dx.data_ptr(), cpu.pointer(sums[0]), *tensors, *layout, eps, offset, block)
+            tensors = cpu.pointers(dx, sums[0], grad, grad_total, x, weight)
+            cpu.kernels.rms_norm_backward(*tensors, *layout, eps, offset, block)
         dtypes = weight.dtype, ctx.bias_dtype
         d_weight, d_bias = (None if s is None else s.sum(0).to(dtype) for s, dtype in zip(sums, dtypes))
         return dx, dx if ctx.fused else None, d_weight, d_bias, None, None

@@ -108,28 +108,11 @@ def _kernel_store(q_out, q, k, v, cos, sin, k_pages, v_pages, slots, k_scale, v_
     """Without q: only the write."""
     k, v = cpu.heads(k), cpu.heads(v)
     n, n_kv_head, head_size = k.shape
+    n_head, half, q_stride = (0, 0, 0) if q is None else (q.shape[1], cos.shape[1], q.stride(0))
     cpu.kernels.rotary_store(
-        cpu.pointer(q_out),
-        cpu.pointer(q),
-        k.data_ptr(),
-        v.data_ptr(),
-        cpu.pointer(cos),
-        cpu.pointer(sin),
-        k_pages.data_ptr(),
-        v_pages.data_ptr(),
-        cpu.pointer(k_scale),
-        cpu.pointer(v_scale),
-        slots.data_ptr(),
-        n,
-        0 if q is None else q.shape[1],
-        n_kv_head,
-        head_size,
-        0 if cos is None else cos.shape[1],
-        0 if q is None else q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        cpu.DTYPE[k.dtype],
-        cpu.DTYPE[k_pages.dtype],
+        *cpu.pointers(q_out, q, k, v, cos, sin, k_pages, v_pages, k_scale, v_scale, slots),
+        *(n, n_head, n_kv_head, head_size, half, q_stride, k.stride(0), v.stride(0)),
+        *(cpu.DTYPE[k.dtype], cpu.DTYPE[k_pages.dtype]),
     )
 
 
@@ -137,22 +120,8 @@ def _kernel_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     q, k = cpu.heads(q), cpu.heads(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     n, n_head, head_size = q.shape
-    cpu.kernels.rotary(
-        q_out.data_ptr(),
-        k_out.data_ptr(),
-        q.data_ptr(),
-        k.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        n,
-        n_head,
-        k.shape[1],
-        head_size,
-        cos.shape[1],
-        q.stride(0),
-        k.stride(0),
-        cpu.DTYPE[q.dtype],
-    )
+    sizes = n, n_head, k.shape[1], head_size, cos.shape[1], q.stride(0), k.stride(0)
+    cpu.kernels.rotary(*cpu.pointers(q_out, k_out, q, k, cos, sin), *sizes, cpu.DTYPE[q.dtype])
     return q_out, k_out
 
 

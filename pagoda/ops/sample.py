@@ -17,17 +17,8 @@ def sample(scores: Tensor, options: Tensor) -> Tensor:
     """
     if cpu.usable(scores) and scores.dtype in cpu.FLOATS and scores.stride(1) == 1:
         tokens = torch.empty(len(scores), dtype=torch.int64)
-        rows, n = scores.shape
-        options = options.contiguous()
-        cpu.kernels.sample(
-            tokens.data_ptr(),
-            scores.data_ptr(),
-            options.data_ptr(),
-            rows,
-            n,
-            scores.stride(0),
-            cpu.FLOATS[scores.dtype],
-        )
+        sizes, options = (*scores.shape, scores.stride(0)), options.contiguous()
+        cpu.kernels.sample(*cpu.pointers(tokens, scores, options), *sizes, cpu.FLOATS[scores.dtype])
         return tokens
     tokens = scores.max(-1).indices  # a quarter of argmax's time
     temperature, top_k, top_p, _, _ = options.T

@@ -113,15 +113,9 @@ def start_job(
     """
     options, workers = run.options, run.workers
     torch.manual_seed(start.seed + workers.rank)
-    optimize = make_optimizer(
-        start.optimizer,
-        model.named_parameters(),
-        options.lr,
-        options.weight_decay,
-        (options.beta1, options.beta2),
-        options.eps,
-        **({"lr_scale": method.lr_scale} if method else {}),
-    )
+    rates = options.lr, options.weight_decay, (options.beta1, options.beta2), options.eps
+    scale = {"lr_scale": method.lr_scale} if method else {}
+    optimize = make_optimizer(start.optimizer, model.named_parameters(), *rates, **scale)
     job = Job(model, optimize, objective, source, options, workers, run, watch=None, method=method)
     if checkpoint is not None:
         job.progress = run.restore(checkpoint, model, optimize)

@@ -90,15 +90,8 @@ def train(job: Job) -> Progress:
             seconds = time.perf_counter() - start
             progress.step, progress.tokens = progress.step + 1, progress.tokens + int(tokens)
             progress.seconds += seconds
-            job.watch.step(
-                progress.step,
-                loss=loss,
-                lr=lr,
-                grad_norm=norm,
-                tokens=progress.tokens,
-                tokens_per_second=tokens / seconds,
-                seconds=progress.seconds,
-            )
+            told = dict(loss=loss, lr=lr, grad_norm=norm, tokens=progress.tokens, tokens_per_second=tokens / seconds)
+            job.watch.step(progress.step, **told, seconds=progress.seconds)
             if progress.step == first + 3 and workers.main:  # the first step is slower than the others
                 job.watch.note(forecast(job, (progress.seconds - warm) / 2))
             elif progress.step == first + 1:

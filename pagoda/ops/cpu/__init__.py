@@ -134,5 +134,5 @@ def heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def pointer(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def pointers(*tensors: torch.Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
