@@ -149,7 +149,8 @@ def _scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.dev
         return torch.empty(shape, dtype=dtype, device=device)
     kept = _LOCAL.__dict__
     if (name, dtype) not in kept or len(kept[name, dtype]) < n:
-        kept[name, dtype] = torch.empty(n, dtype=dtype)
+        with torch.inference_mode(False):  # training uses it too
+            kept[name, dtype] = torch.empty(n, dtype=dtype)
     return kept[name, dtype][:n].view(shape)
 
 

@@ -240,6 +240,8 @@ def test_nf4_of_many_rows_is_multiplied_in_bf16_unless_it_shall_be_invariant():
         packed.invariant = True
         same = linear(x, packed)
         assert torch.equal(same[:1], linear(x[:1], packed))
+    weight = torch.randn(48, 96, requires_grad=True)  # is cast in the memory that the inference used
+    linear(x.bfloat16(), weight).sum().backward()
     assert not torch.equal(fast, same)
     torch.testing.assert_close(fast, same, rtol=2**-7, atol=0.2)
 
