@@ -83,7 +83,7 @@ void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const flo
 // rounded up to eights.
 template <int R, class F>
 void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x, F fetch) {
-  constexpr int T = W == 16 && R <= 3 ? 8 : 4;  // keys at a time: what fits in the registers
+  constexpr int T = 4;  // keys at a time: what fits in the registers
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += T) {
     for (int64_t t = j; t < std::min(j + T, n); t++) fetch();
