@@ -106,13 +106,9 @@ class Engine:
         by_length = rope is not None and rope.by_length
         cache = Cache(specs[0], blocks.n + 1, size, self.kv_dtype, model.device)
         self.runner = Runner(model, cache)
-        self.scheduler = Scheduler(
-            blocks,
-            o,
-            model.n_virtual,
-            rope.recompute_beyond if rope is not None else None,
-            o.prefix_caching and not by_length and not model.n_virtual,
-        )
+        beyond = rope.recompute_beyond if rope is not None else None
+        caching = o.prefix_caching and not by_length and not model.n_virtual
+        self.scheduler = Scheduler(blocks, o, model.n_virtual, beyond, caching)
         self.speculator = None
         if self.draft is not None:
             shadow = Cache(specs[1], blocks.n + 1, size, self.kv_dtype, model.device)

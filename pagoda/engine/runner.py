@@ -59,15 +59,9 @@ class Runner:
         if self.by_length:  # a prompt's pieces go by its whole length
             totals = [self.n_virtual + len(s.tokens) for s in sequences]
             scaling = torch.tensor(totals, dtype=torch.int32, device=self.device)
-        return Batch.of(
-            lengths,
-            self.device,
-            past,
-            scaling_lens=scaling,
-            cache=self.cache,
-            slots=torch.tensor(self.slots(sequences, lengths, past), device=self.device),
-            block_table=self.table(sequences),
-        )
+        slots = torch.tensor(self.slots(sequences, lengths, past), device=self.device)
+        places = dict(cache=self.cache, slots=slots, block_table=self.table(sequences))
+        return Batch.of(lengths, self.device, past, scaling_lens=scaling, **places)
 
     def slots(self, sequences: list[Sequence], lengths: list[int], past: list[int]) -> list[int]:
         """Where the next tokens of each sequence go in the cache."""
@@ -113,14 +107,11 @@ class Decoder:
         self.nobody = runner.cache.n_pages - 1
         device = runner.device
         width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
-        self.batch = Batch.of(
-            [1] * rows,
-            device,
-            cache=runner.cache,
-            slots=torch.zeros(rows, dtype=torch.int64, device=device),
-            block_table=torch.full((rows, width), self.nobody, dtype=torch.int32, device=device),
-            scaling_lens=torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None,
-        )
+        slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        table = torch.full((rows, width), self.nobody, dtype=torch.int32, device=device)
+        scaling = torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None
+        places = dict(cache=runner.cache, slots=slots, block_table=table)
+        self.batch = Batch.of([1] * rows, device, scaling_lens=scaling, **places)
         self.blocks: list[list[int]] = [[] for _ in range(rows)]  # what the table holds
         self.inputs: list[Tensor] = []  # the residual stream's start, then the angles' cosines and sines
         self.recording: Recording | Graph | None = None

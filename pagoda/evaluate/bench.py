@@ -71,18 +71,9 @@ def bench(
     # The head runs for each prompt's last token alone.
     flops -= 2 * config.n_embd * config.vocab_size * (1 - 1 / prompt_tokens)
     prefill = batch * prompt_tokens / first
-    return Speed(
-        prefill,
-        decode,
-        first,
-        peak_memory(model.device),
-        moved,
-        read / 1e9,
-        moved * decode / batch / read,
-        gemm / 1e9,
-        flops * prefill / gemm,
-        {name: seconds * 1000 for name, seconds in step.items()},
-    )
+    seen = prefill, decode, first, peak_memory(model.device), moved
+    shares = read / 1e9, moved * decode / batch / read, gemm / 1e9, flops * prefill / gemm
+    return Speed(*seen, *shares, {name: seconds * 1000 for name, seconds in step.items()})
 
 
 def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) -> int:

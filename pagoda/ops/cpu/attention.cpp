@@ -79,21 +79,19 @@ void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const flo
   }
 }
 
-// The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements. n is
-// rounded up to eights.
+// The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
 template <int R, class F>
 void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x, F fetch) {
-  constexpr int T = 4;  // keys at a time: what fits in the registers
   const int64_t head_size = keys.head_size;
-  for (int64_t j = 0; j < n; j += T) {
-    for (int64_t t = j; t < std::min(j + T, n); t++) fetch();
-    vf acc[R][T];
-    const bf16* rows[T];
-    for (int t = 0; t < T; t++) rows[t] = keys.row(at[std::min(j + t, n - 1)]);
+  for (int64_t j = 0; j < n; j += 4) {
+    for (int64_t t = j; t < std::min(j + 4, n); t++) fetch();
+    vf acc[R][4];
+    const bf16* rows[4];
+    for (int t = 0; t < 4; t++) rows[t] = keys.row(at[std::min(j + t, n - 1)]);
     for (auto& row : acc)
       for (vf& a : row) a = zero();
     auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
-      UNROLL for (int t = 0; t < T; t++) {
+      UNROLL for (int t = 0; t < 4; t++) {
         const vi bits = load_bits(key(t));
         UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], load_bits(q + r * padded + d), bits);
       }
@@ -101,14 +99,11 @@ void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, c
     int64_t d = 0;
     for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return rows[t] + d; });
     if (d < head_size) {
-      bf16 tail[T][2 * W] = {};
-      for (int t = 0; t < T; t++) memcpy(tail[t], rows[t] + d, (head_size - d) * sizeof(bf16));
+      bf16 tail[4][2 * W] = {};
+      for (int t = 0; t < 4; t++) memcpy(tail[t], rows[t] + d, (head_size - d) * sizeof(bf16));
       step(d, [&](int t) { return (const bf16*)tail[t]; });
     }
-    UNROLL for (int r = 0; r < R; r++) {
-      if constexpr (T == 8) sum8(acc[r], x + r * CHUNK + j);
-      else sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
-    }
+    UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
   }
 }
 
@@ -183,8 +178,8 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK, n_heads = last - first;
   const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
   const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at;
-  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in eights, the last may reach past
-  memory.resize(n_heads * rows * CHUNK + 8 + 16);
+  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in fours, the last may reach past
+  memory.resize(n_heads * rows * CHUNK + 4);
   float* scores = memory.data();
   auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
     for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)

@@ -114,25 +114,15 @@ INLINE void interleave(const void* a, const void* b, void* out) {  // 16-bit lan
   vi hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
   store_bits(out, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
 }
-// Vectors of partial sums, halved: lanes l and l + 8 (of each half l and l + 4) added, those of a below those of b.
-INLINE vf add_halves(vf a, vf b) { return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); }
-INLINE vf add_quarters(vf a, vf b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
-INLINE vf pick(vf a, __m512i order) { return _mm512_permutexvar_ps(order, a); }
-// The four sums of four vectors, and the eight of eight: both add in the same order.
+// The four sums of four vectors.
 INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
-  vf s = add_quarters(add_halves(a, c), add_halves(b, d));  // by four lanes a, c, b, d
+  auto halves = [](vf x, vf y) { return add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee)); };
+  const vf x = halves(a, c), y = halves(b, d);
+  vf s = add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));  // by four lanes a, c, b, d
   s = add(s, _mm512_permute_ps(s, 0xb1));
   s = add(s, _mm512_permute_ps(s, 0x4e));
   const __m512i order = _mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  _mm_storeu_ps(out, _mm512_castps512_ps128(pick(s, order)));
-}
-INLINE void sum8(const vf (&x)[8], float* out) {
-  const vf a = add_quarters(add_halves(x[0], x[4]), add_halves(x[2], x[6]));  // by four lanes x[0], x[4], x[2], x[6]
-  const vf b = add_quarters(add_halves(x[1], x[5]), add_halves(x[3], x[7]));
-  vf s = add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));  // by two lanes 0, 1, 4, 5, 2, 3, 6, 7
-  s = add(s, _mm512_permute_ps(s, 0xb1));
-  const __m512i order = _mm512_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-  _mm256_storeu_ps(out, _mm512_castps512_ps256(pick(s, order)));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(order, s)));
 }
 INLINE void transpose(vi (&r)[W]) {
   vi t[W];
@@ -317,13 +307,6 @@ INLINE void transpose(vi (&r)[W]) {
 #endif
 
 // ---------------------------------------------------------------- what follows is the same for all
-
-#if !SIMD_AVX512
-INLINE void sum8(const vf (&x)[8], float* out) {
-  sum4(x[0], x[1], x[2], x[3], out);
-  sum4(x[4], x[5], x[6], x[7], out + 4);
-}
-#endif
 
 // The first n < W elements, the other lanes 0; through a buffer, because tails are rare.
 template <class T> INLINE vf load_part(const T* p, int n) {
