@@ -46,62 +46,38 @@ template <class T> struct Ahead {
   }
 };
 
-// x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys.
-// Meanwhile fetch() is called for each key, as in all of these.
-template <class T, int R, class F>
+// x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys, or with
+// PAIRS is bf16 as it came: then one instruction multiplies 2 W elements of a row and a key. Meanwhile fetch() is called
+// for each key, as in all of these.
+template <class T, int R, bool PAIRS, class F>
 void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x, F fetch) {
   const int64_t head_size = keys.head_size;
   for (int64_t j = 0; j < n; j += 4) {
     for (int64_t t = j; t < std::min(j + 4, n); t++) fetch();
-    vf acc[4][R];
-    for (auto& row : acc)
-      for (vf& a : row) a = zero();
-    auto step = [&](int64_t d, auto key) {
-      for (int t = 0; t < 4; t++) {
-        vf a, b;
-        load_pair(key(t), a, b);
-        for (int r = 0; r < R; r++) {
-          acc[t][r] = fma(a, load(q + r * padded + d), acc[t][r]);
-          acc[t][r] = fma(b, load(q + r * padded + d + W), acc[t][r]);
-        }
-      }
-    };
-    const T* row[4];
-    for (int t = 0; t < 4; t++) row[t] = keys.row(at[std::min(j + t, n - 1)]);
-    int64_t d = 0;
-    for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return row[t] + d; });
-    if (d < head_size) {
-      T tail[4][2 * W] = {};
-      for (int t = 0; t < 4; t++) memcpy(tail[t], row[t] + d, (head_size - d) * sizeof(T));
-      step(d, [&](int t) { return (const T*)tail[t]; });
-    }
-    for (int r = 0; r < R; r++) sum4(acc[0][r], acc[1][r], acc[2][r], acc[3][r], x + r * CHUNK + j);
-  }
-}
-
-// The same for bf16 queries, kept as they are, and bf16 keys: one instruction per row, key and 32 elements.
-template <int R, class F>
-void decode_scores_bf16(const Heads<bf16>& keys, const int64_t* at, int64_t n, const bf16* q, int64_t padded, float* x, F fetch) {
-  const int64_t head_size = keys.head_size;
-  for (int64_t j = 0; j < n; j += 4) {
-    for (int64_t t = j; t < std::min(j + 4, n); t++) fetch();
     vf acc[R][4];
-    const bf16* rows[4];
+    const T* rows[4];
     for (int t = 0; t < 4; t++) rows[t] = keys.row(at[std::min(j + t, n - 1)]);
     for (auto& row : acc)
       for (vf& a : row) a = zero();
     auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
       UNROLL for (int t = 0; t < 4; t++) {
-        const vi bits = load_bits(key(t));
-        UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], load_bits(q + r * padded + d), bits);
+        if constexpr (PAIRS) {
+          const vi bits = load_bits(key(t));
+          UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], load_bits((const bf16*)(q + r * padded) + d), bits);
+        } else {
+          vf a, b;
+          load_pair(key(t), a, b);
+          UNROLL for (int r = 0; r < R; r++)
+            acc[r][t] = fma(b, load(q + r * padded + d + W), fma(a, load(q + r * padded + d), acc[r][t]));
+        }
       }
     };
     int64_t d = 0;
     for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return rows[t] + d; });
     if (d < head_size) {
-      bf16 tail[4][2 * W] = {};
-      for (int t = 0; t < 4; t++) memcpy(tail[t], rows[t] + d, (head_size - d) * sizeof(bf16));
-      step(d, [&](int t) { return (const bf16*)tail[t]; });
+      T tail[4][2 * W] = {};
+      for (int t = 0; t < 4; t++) memcpy(tail[t], rows[t] + d, (head_size - d) * sizeof(T));
+      step(d, [&](int t) { return (const T*)tail[t]; });
     }
     UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
   }
@@ -199,8 +175,8 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
       for_each_block(head, [&](auto R, int64_t r0, const float* q, float* x, float*) {
         auto fetch = [&] { if (r0 == 0) values_ahead.next(); };
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) decode_scores_bf16<R>(keys, at + j, count, (const bf16*)q, 2 * padded, x + skipped + j, fetch);
-        if (!pairs) decode_scores<T, R>(keys, at + j, count, q, padded, x + skipped + j, fetch);
+          if (pairs) return decode_scores<T, R, true>(keys, at + j, count, q, padded, x + skipped + j, fetch);
+        decode_scores<T, R, false>(keys, at + j, count, q, padded, x + skipped + j, fetch);
       });
     }
   }
