@@ -177,12 +177,14 @@ class Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()  # libraries make their workspaces for this stream
+        collecting = gc.isenabled()
         gc.disable()  # a graph that nobody needs any more must not be destroyed meanwhile
         try:
             with torch.cuda.graph(self.graph, pool, stream, "thread_local"):
                 self.output = function()
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         self()
 
     def __call__(self) -> Tensor:
