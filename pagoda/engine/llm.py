@@ -164,8 +164,6 @@ def load_model(name: str | Path, weights: Weights) -> tuple[GPT, torch.dtype, Pa
             dtype = dtype or torch.float32  # of the activations: with packed weights they are the smaller part
     elif quantize:
         dtype = dtype or torch.bfloat16
-    elif device.type == "cpu":
-        quantize = "blocked"
     model = load(path, dtype, device, quantize=quantize)
     for module in model.modules():
         if isinstance(module, PackedWeight):

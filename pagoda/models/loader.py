@@ -23,11 +23,11 @@ from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
 from pagoda.models.registry import from_hf_config
-from pagoda.ops.formats import GGUF_BLOCK, Arena, BlockedWeight, PackedWeight, pack, pack_gguf
+from pagoda.ops.formats import GGUF_BLOCK, Arena, PackedWeight, pack, pack_gguf
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-QUANTIZE = ("int8", "int4", "nf4", "own", "bf16", "float32", "blocked")
+QUANTIZE = ("int8", "int4", "nf4", "own", "bf16", "float32")
 TRIM_EVERY = 2**24  # converted numbers
 # Buffers that old checkpoints carry and nobody reads.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
@@ -209,8 +209,7 @@ def load(
     dtype      of all parameters; None keeps the checkpoint's own (bfloat16 for a quantized GGUF file)
     trainable  the parameters are owned and take gradients; otherwise they may be views of the mapped file
     quantize   pack the matrices (ops/formats.py): `int8`, `int4`, `nf4`; `own` keeps the bits of a GGUF file where
-               they have a kernel; `float32` and `bf16` only lay them out for the kernels, `blocked` lays bf16 ones
-               out for PyTorch's. The rest has the dtype
+               they have a kernel; `float32` and `bf16` only lay them out for the kernels. The rest has the dtype
     Raises PagodaError for what is missing, unexpected, truncated or unsupported.
     """
     path = Path(path)
@@ -221,8 +220,6 @@ def load(
         model = from_hf_config(checkpoint.config, str(path))
     fill(model, checkpoint, path, dtype or checkpoint.dtype, torch.device(device), trainable, quantize)
     model.tie()
-    if quantize == "blocked":
-        join_blocked(model)
     return model.requires_grad_(trainable).train(trainable)
 
 
@@ -234,21 +231,6 @@ def stream(model: GPT, path: str | Path) -> Iterator[tuple[str, Tensor]]:
         yield param, read_parameter(checkpoint, parts, checkpoint.dtype, is_transposed(model, param))
         for name in flatten(parts):
             checkpoint.release(name)
-
-
-def join_blocked(model: GPT) -> None:
-    """One product for the weights that see the same activations; and the head that shares the embedding's rows gets a
-    copy that is good for products."""
-    for module in model.modules():
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            layers = [getattr(module, name, None) for name in names]
-            if all(type(m) is Linear and isinstance(m.weight, BlockedWeight) and m.bias is None for m in layers):
-                for layer, weight in zip(layers, BlockedWeight.join([m.weight for m in layers])):
-                    layer.weight = weight
-    if not isinstance(model.head.weight, PackedWeight) and BlockedWeight.usable(
-        model.head.weight, model.head.weight.dtype
-    ):
-        set_weight(model.head, "weight", BlockedWeight(model.head.weight))
 
 
 def fill(
@@ -276,9 +258,7 @@ def fill(
             )
         if isinstance(weight, PackedWeight):
             weight = weight.to(device)
-        elif format == "blocked" and BlockedWeight.usable(weight, dtype):
-            weight = BlockedWeight(weight.to(dtype))
-        elif format not in (None, "blocked"):
+        elif format is not None:
             format = {torch.bfloat16: "bf16"}.get(dtype, "float32") if format == "own" else format
             weight = (pack(weight, format) if weight.dim() == 2 else pack_stack(weight, format)).to(dtype).to(device)
         else:
@@ -290,7 +270,7 @@ def fill(
             if is_view:
                 set_weight(module, leaf, weight)
                 continue
-        if device.type == "cpu" and format not in (None, "blocked"):
+        if device.type == "cpu" and format is not None:
             weight._apply(arena)
         set_weight(module, leaf, weight)
         for name in flatten(parts):
@@ -313,8 +293,6 @@ def pack_format(model: GPT, param: str, quantize: str | None) -> str | None:
     is_expert = isinstance(module, MoE) and leaf in ("gate_up", "down")
     if quantize is None or not (is_matrix or is_expert or module is model.embed):
         return None
-    if quantize == "blocked":
-        return quantize if is_matrix else None
     return "int8" if quantize in ("int4", "nf4") and module in (model.embed, model.head) else quantize
 
 

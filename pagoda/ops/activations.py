@@ -50,7 +50,8 @@ def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
             return _kernel(gate, up, act)
         if cpu.trains(gate):
             return made_by(_Gated.apply(gate, up, act), partial(gated, act=act), gate, up)
-    return ACTIVATIONS[act](gate) * up
+    y = ACTIVATIONS[act](gate)
+    return y * up if torch.is_grad_enabled() else y.mul_(up)
 
 
 def _kernel(gate: Tensor, up: Tensor | None, act: str) -> Tensor:

@@ -133,6 +133,8 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, w
     n_q, n_head, head_size = q.shape
     n_k, n_kv_head, _ = k.shape
     group, out = n_head // n_kv_head, torch.empty_like(q)
+    square = torch.ones(128, 128, dtype=torch.bool)
+    ahead = square.triu(1)[:, None]
     for head in range(n_kv_head):
         heads = slice(head * group, (head + 1) * group)
         keys, values, queries = k[:, head].contiguous().T, v[:, head].contiguous(), q[:, heads]
@@ -140,13 +142,14 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, w
             part = queries[start : start + 128]
             first, n = n_k - n_q + start, len(part)  # the position of its first query
             low, high = max(0, first - window + 1) if window else 0, first + n if causal else n_k
-            scores = (part.reshape(-1, head_size) @ keys[:, low:high]).float().mul_(scale)
-            tile, square = scores.view(n, group, -1), torch.ones(n, n, dtype=torch.bool)
+            scores = q.new_empty(n * group, high - low)
+            torch.addmm(scores, part.reshape(-1, head_size), keys[:, low:high], beta=0, alpha=scale, out=scores)
+            tile = scores.view(n, group, -1)
             if causal:  # only around the diagonal, and where a window ends, some keys are hidden
-                tile[..., -n:].masked_fill_(square.triu(1)[:, None], float("-inf"))
+                tile[..., -n:].masked_fill_(ahead[:n, :, :n], float("-inf"))
             if window:
-                tile[..., :n].masked_fill_(square.tril(first - window - low)[:, None], float("-inf"))
-            out[start : start + n, heads] = (scores.softmax(-1).to(v.dtype) @ values[low:high]).view(n, group, -1)
+                tile[..., :n].masked_fill_(square[:n, :n].tril(first - window - low)[:, None], float("-inf"))
+            out[start : start + n, heads] = (scores.softmax(-1) @ values[low:high]).view(n, group, -1)
     return out
 
 

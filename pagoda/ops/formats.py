@@ -19,16 +19,13 @@ Rows are padded to a multiple of 16 and k to the format's unit; padding is cut o
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable
 from functools import cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from pagoda.common import PagodaError, use_huge_pages
-from pagoda.ops.cpu import emulates
 
 TILE = 16  # rows of a tile
 BLOCK = 32  # elements of k whose integer products are summed before they are scaled
@@ -176,67 +173,6 @@ class PackedWeight(nn.Module):
     def __getstate__(self):  # copies and pickles must not share the addresses, nor take an arena along
         buffers = {name: None if t is None else t.clone() for name, t in self._buffers.items()}
         return {**self.__dict__, "_buffers": buffers, "_view": None, "_words": None}
-
-
-class BlockedWeight(PackedWeight):
-    """Rows `part` of a bf16 matrix in the layout of PyTorch's own library of products (oneDNN), for a CPU whose kernels
-    were not built: for one row of activations it is read twice as fast as a plain matrix. Weights that see the same
-    activations can lie in one matrix (`join`)."""
-
-    def __init__(self, matrix: Tensor, part: slice | None = None):
-        super().__init__("bf16", matrix.shape, 0, matrix.dtype)
-        self.blocks = matrix if matrix.is_mkldnn else torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), 1)
-        self.part = part or slice(0, len(matrix))
-        self.shape = torch.Size((self.part.stop - self.part.start, matrix.shape[1]))
-
-    @staticmethod
-    def usable(matrix: Tensor, dtype: torch.dtype) -> bool:
-        """Whether this PyTorch and this CPU have such a layout for a matrix, held in `dtype`."""
-        fits = dtype == torch.bfloat16 and matrix.is_cpu and matrix.dim() == 2
-        if not fits or emulates(matrix.new_empty(0, dtype=dtype)) or platform.machine() not in ("x86_64", "AMD64"):
-            return False
-        return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-    @staticmethod
-    def join(weights: list[BlockedWeight]) -> list[BlockedWeight]:
-        """The same weights as parts of one matrix."""
-        whole = BlockedWeight(torch.cat([w.dequantize(torch.bfloat16) for w in weights])).blocks
-        ends = list(accumulate(w.shape[0] for w in weights))
-        return [BlockedWeight(whole, slice(end - w.shape[0], end)) for w, end in zip(weights, ends)]
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (..., n_in) times the whole matrix, in bf16: (..., rows of the whole) in x's dtype."""
-        if x.dtype == torch.bfloat16:
-            return torch.ops.mkldnn._linear_pointwise(x, self.blocks, None, "none", [], "")
-        return self.product(x.to(torch.bfloat16)).to(x.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return self.blocks.device
-
-    @property
-    def nbytes(self) -> int:
-        return torch.ops.mkldnn._nbytes(self.blocks) * self.shape[0] // self.blocks.shape[0]
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.blocks.to_dense()[self.part].to(dtype)
-
-    def chunks(self):
-        matrix, step = self.dequantize(torch.bfloat16), CHUNK * TILE
-        yield from (
-            (slice(i, i + step), part.float()) for i, part in zip(range(0, len(matrix), step), matrix.split(step))
-        )
-
-    def kernel_view(self) -> tuple[int, int, int]:
-        return 0, *self.shape
-
-    def __getstate__(self):  # the layout is this CPU's own
-        return {**super().__getstate__(), "blocks": None, "matrix": self.dequantize(self.dtype)}
-
-    def __setstate__(self, state):
-        matrix = state.pop("matrix")
-        super().__setstate__(state)
-        self.blocks, self.part = BlockedWeight(matrix).blocks, slice(0, len(matrix))
 
 
 class Arena:

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
-from pagoda.ops.formats import BlockedWeight, PackedWeight
+from pagoda.ops.formats import PackedWeight
 from pagoda.ops.recompute import to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
 CPU = torch.device("cpu")
 SCRATCH = 2**22  # numbers of a matrix that is cast into memory which stays
 _LOCAL = threading.local()
+_ONEDNN = threading.Lock()  # who holds it may switch oneDNN off and on
 
 
 def linear(
@@ -55,11 +56,6 @@ def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
     views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
     if not views or not all(address for address, _, _ in views) or any(_multiplies_in_bf16(x, w) for w in weights):
-        blocks = getattr(weights[0], "blocks", None)  # of one matrix, perhaps
-        joined = blocks is not None and all(getattr(w, "blocks", None) is blocks for w in weights)
-        if joined and not torch.is_grad_enabled():
-            y = weights[0].product(x)
-            return [y[..., w.part] for w in weights]
         return [linear(x, w) for w in weights]
     x, rows, stride, lead = _rows(x, views[0][2])
     ys = [x.new(rows, n_out) for _, n_out, _ in views]
@@ -162,14 +158,25 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _Linear.apply(x, weight, bias)
     if weight.dtype == x.dtype and not cpu.emulates(x):
-        if x.is_cpu and x.shape[:-1].numel() == 1:  # takes a third less time than the product of a matrix of one row
-            row = x.reshape(-1)
-            y = torch.mv(weight, row) if bias is None else torch.addmv(bias.to(x.dtype), weight, row)
-            return y.view(*x.shape[:-1], -1)
+        if x.is_cpu and x.numel() == weight.shape[1]:
+            return _product_of_one_row(x, weight, bias)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves
     dtype = x.dtype if few else product_dtype(x)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def _product_of_one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch has two ways to it: oneDNN's product of matrices, and a loop of its own that reads bf16 twice as fast."""
+    with _ONEDNN:
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # of the whole process: what another thread multiplies meanwhile is slower
+        try:
+            y = torch.mv(weight, x.reshape(-1))
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
 def _rows(x: Tensor, n_in: int) -> tuple[Tensor, int, int, torch.Size | None]:
@@ -188,10 +195,7 @@ def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    if isinstance(weight, BlockedWeight):
-        y = weight.product(x)[..., weight.part]
-    else:
-        y = torch.cat([F.linear(x.float(), part) for _, part in weight.chunks()], -1)
+    y = torch.cat([F.linear(x.float(), part) for _, part in weight.chunks()], -1)
     y = y if bias is None else y + bias
     y = y if residual is None else y + residual
     return y.to(x.dtype)

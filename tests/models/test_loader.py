@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from pagoda.common import PagodaError
 from pagoda.models.loader import load, save
 from pagoda.models.registry import from_hf_config
-from pagoda.ops import cpu
-from pagoda.ops.formats import BlockedWeight
 
 
 @pytest.fixture
@@ -262,23 +260,3 @@ def test_loading_raises_peak_memory_by_little_more_than_the_weights(name, stored
     ratio, total = map(float, run.stdout.split())
     assert total > 60e6
     assert 0.9 < ratio < 1.2
-
-
-@pytest.mark.skipif(not BlockedWeight.usable(torch.empty(1, 1), torch.bfloat16), reason="PyTorch emulates bf16 here")
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_weights_in_the_layout_of_pytorchs_library(tmp_path, name, monkeypatch):
-    """What bf16 matrices become where no kernels were built: the same model, also when it is saved again."""
-    tiny.saved(name, tmp_path / "model")
-    exact = load(tmp_path / "model", torch.float32)
-    plain, blocked = (load(tmp_path / "model", torch.bfloat16, quantize=q) for q in (None, "blocked"))
-    assert isinstance(blocked.layers[0].mlp.up_proj.weight, BlockedWeight)
-    assert isinstance(blocked.head.weight, BlockedWeight)
-    monkeypatch.setattr(cpu, "kernels", None)
-    with torch.no_grad():
-        logits = [model(tiny.prompt(20)).float() for model in (exact, plain, blocked)]
-    assert (logits[2] - logits[0]).abs().max() < 2 * (logits[1] - logits[0]).abs().max()
-    save(plain, tmp_path / "a")
-    save(blocked, tmp_path / "b")
-    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k].to(a[k].dtype)) for k in a)
