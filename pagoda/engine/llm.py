@@ -73,7 +73,7 @@ class LLM:
         device     `auto`, `cpu`, `cuda`, `mps`, ...
         quantize   the weights to `int8`, `int4` or `nf4` (the activations are then float32 unless dtype says otherwise)
         kv_dtype   of the cache: `auto` for bf16 (float32 where dtype is float32), `float32`, `bf16`, `int8`
-        batch_invariant  the same bits in any company with `nf4` too (the other formats have them anyway)
+        batch_invariant  the same bits in any company with `nf4` on AMX too (all else has them anyway)
         """
         model, cache_dtype, path = load_model(name, Weights(dtype, device, quantize, kv_dtype, batch_invariant))
         return cls(model, load_tokenizer(path), str(name), cache_dtype)

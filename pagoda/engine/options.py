@@ -139,7 +139,7 @@ class Weights:
         device: cpu, cuda, mps, or auto for the first accelerator that is there.
         quantize: pack the weights to int8, int4 or nf4.
         kv_dtype: of the key/value cache: float32, bf16, int8, or auto for bf16 (float32 if dtype is float32).
-        batch_invariant: the same bits whatever else runs also with nf4, whose prompts then take twice as long (CPU).
+        batch_invariant: the same bits whatever else runs, also with nf4 on AMX, where one sequence then decodes slower.
     """
 
     dtype: str = "auto"

@@ -63,8 +63,8 @@ class PackedWeight(nn.Module):
     exact: multiply unrounded float32 activations on the CPU. Without it the integer formats round activations to int8
     (per row and block of 32; with the bits of a GGUF file an eighth of the blocks to twice as many), and bf16 weights
     round them to bf16 where the CPU has AVX512_BF16.
-    invariant: the bits of a row's result do not depend on how many rows there are. Without it nf4 is multiplied in
-    another way for many rows than for few, where that is faster; the other formats are invariant anyway.
+    invariant: the bits of a row's result do not depend on how many rows there are. Without it nf4 on a CPU with
+    AMX is multiplied in another way for one row than for more; all else is invariant anyway.
     """
 
     exact, invariant = (_flag(name) for name in ("exact", "invariant"))

@@ -37,10 +37,6 @@ def linear(
         y = _PackedLinear.apply(x, weight)
         y = y if bias is None else y + bias
         return y if residual is None else y + residual
-    if _multiplies_in_bf16(x, weight):
-        y = _product_in_bf16(x, weight)
-        y = y if bias is None else y + bias.to(y.dtype)
-        return y if residual is None else y + residual
     address, n_out, n_in = weight.kernel_view() if cpu.usable(x) and x.dtype in _FLOATS else (0, 0, 0)
     if not address:
         return _reference(x, weight, bias, residual)
@@ -55,7 +51,7 @@ def linear(
 def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
     views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
-    if not views or not all(address for address, _, _ in views) or any(_multiplies_in_bf16(x, w) for w in weights):
+    if not views or not all(address for address, _, _ in views):
         return [linear(x, w) for w in weights]
     x, rows, stride, lead = _rows(x, views[0][2])
     ys = [x.new(rows, n_out) for _, n_out, _ in views]
@@ -105,22 +101,6 @@ def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, T
         yield slice(first, first + len(part)), part
 
 
-def _multiplies_in_bf16(x: Tensor, weight: PackedWeight) -> bool:
-    """Whether NF4 and the activations are rounded to bf16 for many rows: PyTorch multiplies that twice as fast as the
-    kernel multiplies NF4, which without AMX it does in float32, as for few rows. Training in float32 rounds nothing."""
-    if x.dtype != torch.bfloat16 and not torch.is_inference_mode_enabled():
-        return False
-    if weight.format != "nf4" or weight.exact or weight.invariant or x.numel() < 128 * x.shape[-1]:
-        return False
-    return x.is_cpu and cpu.kernel_path() == "avx512_bf16"
-
-
-def _product_in_bf16(x: Tensor, weight: PackedWeight) -> Tensor:
-    rows = _cast(x.reshape(-1, x.shape[-1]), torch.bfloat16, "x")
-    parts = [product(rows, part.T, x.dtype) for _, part in _chunks(weight, torch.bfloat16)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(*x.shape[:-1], -1)
-
-
 def product_dtype(x: Tensor) -> torch.dtype:
     """What products of x are fastest in: its own dtype, or float32 where PyTorch would emulate that."""
     return torch.float32 if cpu.emulates(x) else x.dtype
@@ -158,7 +138,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _Linear.apply(x, weight, bias)
     if weight.dtype == x.dtype and not cpu.emulates(x):
-        if x.is_cpu and x.numel() == weight.shape[1]:
+        if x.is_cpu and x.shape[:-1].numel() == 1:
             return _product_of_one_row(x, weight, bias)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves
@@ -239,6 +219,9 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.weight = weight
         with torch.no_grad():
+            if weight.format == "nf4" and x.dtype == torch.float32:  # the kernel may round to bf16, training does not
+                parts = [product(x.flatten(0, -2), part.T, x.dtype) for _, part in _chunks(weight, x.dtype)]
+                return torch.cat(parts, 1).view(*x.shape[:-1], -1)
             return linear(x, weight)
 
     @staticmethod

@@ -6,10 +6,12 @@
 //
 // What is computed. BITS4 and BITS8: activations are rounded per block of 32 to int8 (scale = absmax / 127), products
 // are exact integers inside a block, blocks add up in float32. With Weight::fine the eighth of a row's blocks with the
-// largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 where the CPU has AVX512_BF16: activations are
-// rounded to bf16 and multiplied in pairs. All else, and Weight::exact: float32 activations times the dequantized
-// weight, k by k. With a matrix unit (amx.h) BF16 goes through it, and NF4 rounded to bf16 (one row only where it is
-// Weight::invariant: that halves its speed); BITS4 and BITS8 do where rows are many, with the same integers and so the same bits.
+// largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 and NF4 where the
+// CPU has AVX512_BF16: activations are rounded to bf16 and multiplied in pairs, with NF4 by the 16 values rounded to bf16,
+// whose sums over a block of 64 are scaled in float32. All else, and Weight::exact: float32 activations times the
+// dequantized weight, k by k. With a matrix unit (amx.h) BF16 goes through it, and NF4 with the dequantized weights
+// rounded to bf16 (one row only where it is Weight::invariant: that halves its speed); BITS4 and BITS8 do where rows are
+// many, with the same integers and so the same bits.
 //
 // Bounds. One row: the packed bytes at memory speed (4 bits with scale and minimum: 20 bytes per 32 weights). Many
 // rows: the multipliers; a block of 32 k x 16 outputs takes 8 VNNI instructions a row and 2 to 4 more to scale the sum;
@@ -319,6 +321,7 @@ IntegerTile integer_kernel(const Weight& w, int R) {
 // with an element of the activations, broadcast.
 
 struct Multiply {
+  static constexpr int BLOCK = 0, WIDE = WIDE_TILES;
   using E = float;  // an element of the activations, and what the kernel broadcasts
   using X = float;
   using V = vf;
@@ -340,16 +343,22 @@ struct Bf16View : Multiply {  // (K / 2, 16, 2) bf16
   }
 };
 
-#if defined(__AVX512BF16__) && !MATRIX_UNIT
-struct PairView {  // the same bytes, multiplied pair by pair
+#if defined(__AVX512BF16__)
+struct MultiplyPairs {
+  static constexpr int BLOCK = 0, WIDE = WIDE_TILES;
   using E = bf16;
   using X = uint32_t;
   using V = vi;
+  static INLINE vf multiply(vf acc, vi w, const uint32_t* x) { return dot_bf16(acc, w, set1_bits(*x)); }
+};
+
+#if !MATRIX_UNIT
+struct PairView : MultiplyPairs {  // the same bytes, multiplied pair by pair
   static constexpr int COUNT = 1;
   const uint8_t* p;
   INLINE void load(int64_t step, int part, vi* v) const { v[0] = load_bits(p + (step * TILE + part * W) * 4); }
-  static INLINE vf multiply(vf acc, vi w, const uint32_t* x) { return dot_bf16(acc, w, set1_bits(*x)); }
 };
+#endif
 #endif
 
 const float NF4_VALUES[16] = {  // Dettmers et al. 2023, "QLoRA", appendix E
@@ -375,11 +384,37 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
   }
 };
 
+#if defined(__AVX512BF16__)
+struct Nf4PairView : MultiplyPairs {  // the same words as 4 pairs of unscaled bf16: a block's sum is scaled
+  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 1;  // a second tile's sums would not fit into the registers
+  const uint8_t* p;
+  const float* scales;
+  INLINE void load(int64_t step, int, vi* v) const {
+    const vi word = load_bits(p + step * TILE * 4);
+    v[0] = pair(word, shift_left<12>(word)), v[1] = pair(shift_right<8>(word), shift_left<4>(word));
+    v[2] = pair(shift_right<16>(word), shift_right<4>(word)), v[3] = pair(shift_right<24>(word), shift_right<12>(word));
+  }
+  // The values that the lowest 4 bits of every 16 name: those of `even` below, those of `odd` above.
+  static INLINE vi pair(vi even, vi odd) {
+    return _mm512_permutexvar_epi16(_mm512_mask_blend_epi16(0xaaaaaaaa, even, odd), load_bits(values.bits));
+  }
+  struct Values {
+    alignas(64) bf16 bits[32];  // NF4_VALUES twice: an index is 5 bits, of which the highest says nothing
+    Values() {
+      for (int i = 0; i < 32; i++) from_float(NF4_VALUES[i % 16], bits + i);
+    }
+  };
+  static const Values values;
+};
+const Nf4PairView::Values Nf4PairView::values;
+#endif
+
 // The block scales of an NF4 tile, (K / 64, 16): value of the code * factor of its 256 + mean, two roundings as in
 // bitsandbytes. Plain loads: where a CPU guards against "Downfall", a gather costs more than multiplying the block.
 void nf4_scales(const Weight& w, int64_t tile, float* scales) {
   const int64_t n = w.units(64);
   const uint8_t* codes = (const uint8_t*)w.scales + tile * n * TILE;
+  prefetch(codes + AHEAD, n * TILE);
   for (int64_t b = 0; b < n;) {
     float factor[TILE];
     int64_t stop = n;  // until here the factors stay
@@ -388,32 +423,41 @@ void nf4_scales(const Weight& w, int64_t tile, float* scales) {
       factor[i] = w.absmax[block / 256];
       stop = std::min(stop, b + 256 - block % 256);
     }
-    for (; b < stop; b++, codes += TILE, scales += TILE) {
-      for (int i = 0; i < TILE; i++) scales[i] = w.codes[codes[i]];
-      for (int i = 0; i < TILE; i += W) store(scales + i, add(mul(load(scales + i), load(factor + i)), set1(*w.mean)));
-    }
+    const int64_t count = (stop - b) * TILE;
+    for (int64_t i = 0; i < count; i++) scales[i] = w.codes[codes[i]];
+    for (int64_t i = 0; i < count; i += W) store(scales + i, add(mul(load(scales + i), load(factor + i % TILE)), set1(*w.mean)));
+    b = stop, codes += count, scales += count;
   }
 }
 
-// sums (T, R, 16) of T tiles over `steps` loads; x (steps * COUNT, R).
+// sums (T, R, 16) of T tiles over `steps` loads; x (steps * COUNT, R). Of a view with a BLOCK so many steps have a scale.
 template <class View, int T, int R>
 void float_tiles(const View* views, int64_t steps, const typename View::X* x, float* sums) {
-  vf acc[T * PARTS][R];
+  vf acc[T * PARTS][R], scaled[View::BLOCK ? T : 1][R];
   for (auto& tile : acc)
+    for (vf& a : tile) a = zero();
+  for (auto& tile : scaled)
     for (vf& a : tile) a = zero();
   const int64_t size = steps * TILE * 4;  // of a tile; behind its end come others that are read beside it, then its successor
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R) {
     const int64_t at = step * TILE * 4 + AHEAD, ahead = at < size ? at : at + (T - 1) * size;
     UNROLL for (int t = 0; t < T * PARTS; t++) {
-      if (R < MAX_ROWS && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
+      if ((View::BLOCK || R < MAX_ROWS) && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
       UNROLL for (int i = 0; i < View::COUNT; i++)
         UNROLL for (int r = 0; r < R; r++) acc[t][r] = View::multiply(acc[t][r], v[i], x + i * R + r);
     }
+    if constexpr (View::BLOCK > 0)
+      if (step % View::BLOCK == View::BLOCK - 1)
+        UNROLL for (int t = 0; t < T; t++) {
+          const vf scale = load(views[t].scales + step / View::BLOCK * TILE);
+          UNROLL for (int r = 0; r < R; r++) scaled[t][r] = fma(acc[t][r], scale, scaled[t][r]), acc[t][r] = zero();
+        }
   }
   UNROLL for (int t = 0; t < T * PARTS; t++)
-    UNROLL for (int r = 0; r < R; r++) store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, acc[t][r]);
+    UNROLL for (int r = 0; r < R; r++)
+      store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, View::BLOCK ? scaled[t / PARTS][r] : acc[t][r]);
 }
 
 template <class View> using FloatTiles = void (*)(const View*, int64_t, const typename View::X*, float*);
@@ -487,8 +531,9 @@ Form form_of(const Weight& w, int64_t rows) {
 #if MATRIX_UNIT
   if (integers && rows >= 48) return INT8_LINES;  // so many that unpacking pays; for all weights alike, they share the rows
   if (w.kind == BF16_PAIRS || (w.kind == NF4 && (rows > 1 || w.invariant))) return BF16_LINES;
-#elif defined(__AVX512BF16__)
-  if (w.kind == BF16_PAIRS) return PAIR_ROWS;
+#endif
+#if defined(__AVX512BF16__)
+  if (w.kind == BF16_PAIRS || w.kind == NF4) return PAIR_ROWS;
 #endif
   return integers ? INT8_ROWS : FLOAT32_ROWS;
 }
@@ -695,7 +740,7 @@ void view_share(const Product& p, const Task& task, const Share& share, int64_t 
   constexpr int NARROW = 4 / PARTS;  // one row: as many tiles as give 4 sums in flight
   using One = std::make_integer_sequence<int, 1>;
   if (task.rows.n == 1) float_share<View, NARROW, One>(p, task, share, chunk, x, steps, make_view);
-  else float_share<View, WIDE_TILES, RowCounts>(p, task, share, chunk, x, steps, make_view);
+  else float_share<View, View::WIDE, RowCounts>(p, task, share, chunk, x, steps, make_view);
 }
 
 void run_share(const Product& p, const Task& task, const Share& share) {
@@ -709,9 +754,21 @@ void run_share(const Product& p, const Task& task, const Share& share) {
 #if MATRIX_UNIT
   if (form == BF16_LINES) return matrix_share(p, task, share);
   if (form == INT8_LINES) return integer_matrix_share(p, task, share);
-#elif defined(__AVX512BF16__)
+#endif
+#if defined(__AVX512BF16__)
+  if (form == PAIR_ROWS && w.kind == NF4) {
+    const int64_t n = K / 64 * TILE;
+    float* scales = room(memory, 4 * chunk * n);
+    auto view = [&](int64_t tile, int64_t slot) {
+      nf4_scales(w, tile, scales + slot * n);
+      return Nf4PairView{{}, w.quants + tile * K * TILE / 2, scales + slot * n};
+    };
+    return view_share<Nf4PairView>(p, task, share, 4 * chunk, (const uint32_t*)task.x.halves, K / 8, view);
+  }
+#endif
+#if defined(__AVX512BF16__) && !MATRIX_UNIT
   if (form == PAIR_ROWS) {
-    auto view = [&](int64_t tile, int64_t) { return PairView{w.quants + tile * w.units(2) * TILE * 4}; };
+    auto view = [&](int64_t tile, int64_t) { return PairView{{}, w.quants + tile * w.units(2) * TILE * 4}; };
     return view_share<PairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.halves, w.units(2), view);
   }
 #endif
