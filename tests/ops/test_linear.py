@@ -70,6 +70,17 @@ def test_integer_product_is_that_of_the_rounded_activations(kernels, format, sha
         assert_product(linear(x, packed), rounded(x, fine), packed, steps=steps, slack=step)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_in_bf16_is_that_of_the_rounded_matrix(kernels, shape):
+    """With activations that bf16 holds exactly, so that no instruction set rounds them; NF4 may be rounded to bf16."""
+    for format in ("bf16", "nf4"):
+        packed = pack(torch.randn(shape), format)
+        for rows in (1, 2, 7, 17, 33, 70):
+            x = torch.randn(rows, shape[1]).bfloat16().float()
+            rounding = 2**-8 * x.abs().double() @ packed.dequantize().abs().double().T if format == "nf4" else 0.0
+            assert_product(linear(x, packed), x, packed, slack=rounding + 1e-30)
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_int4_groups(kernels, group_size, symmetric):
@@ -94,10 +105,10 @@ def test_extreme_quants_do_not_saturate(kernels, format):
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(kernels, format, exact, two_threads):
     packed, other = pack(torch.randn(200, 320), format), pack(torch.randn(72, 320), "q8_0")
-    packed.exact, packed.invariant = exact, True
-    x, bias, residual = torch.randn(161, 320), torch.randn(200), torch.randn(161, 200)
+    packed.exact, packed.invariant = exact, format == "nf4"  # the others are so by themselves
+    x, bias, residual = torch.randn(200, 320), torch.randn(200), torch.randn(200, 200)
     y = linear(x, packed, bias, residual)
-    for rows in (slice(0, 1), slice(3, 5), slice(7, 20), slice(20, 161)):
+    for rows in (slice(0, 1), slice(0, 8), slice(0, 32), slice(3, 5), slice(7, 20), slice(20, 161)):
         assert torch.equal(linear(x[rows], packed, bias, residual[rows]), y[rows])
         assert torch.equal(linear_many(x[rows], [other, packed])[1], linear(x[rows], packed))
     torch.set_num_threads(1)
@@ -159,10 +170,12 @@ def test_embedding_is_the_dequantized_row(kernels, format, dtype):
         embedding(torch.tensor([37]), packed)
 
 
-def test_variants_agree_on_the_integers():
-    """Integer products are exact, and AVX2 and AVX-512 scale them by the same operations."""
+@pytest.mark.parametrize("rows", [5, 60])  # few, and as many as a matrix unit multiplies
+@pytest.mark.parametrize("format", INTEGER)
+def test_variants_agree_on_the_integers(format, rows):
+    """Integer products are exact, and AVX2, AVX-512 and AMX scale them by the same operations."""
     variants = [v for v in cpu.available() if v != "portable"]
-    packed, x = pack(torch.randn(48, 96), "q4_1"), torch.randn(5, 96)
+    packed, x = pack(torch.randn(48, 96), format), torch.randn(rows, 96)
     results = []
     for variant in variants:
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
