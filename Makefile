@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow lint format asan clean
+.PHONY: demo test slow lint format asan amx clean
 
 demo: $(STAMP)
 	$(BIN)/python demo.py
@@ -29,6 +29,9 @@ format: $(STAMP)
 
 asan: $(STAMP)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(BIN)/python bash tests/asan.sh
+
+amx: $(STAMP)
+	SANITIZE= PAGODA_KERNELS=amx PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(BIN)/python bash tests/asan.sh
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard pagoda/ops/cpu/*.cpp pagoda/ops/cpu/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
