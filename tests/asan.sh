@@ -20,6 +20,6 @@ PYTHONPATH="$copy/tools" PAGODA_CXXFLAGS="$SANITIZE ${EMULATE-}" PAGODA_LDFLAGS=
 ls pagoda/ops/cpu/_portable*.so > /dev/null  # without a compiler, the build above only warns
 
 # Python itself is not instrumented: the sanitizer comes in first, with the library of the exceptions that it watches, and
-# Python's own leaks are not ours to report.
+# Python's own leaks are not ours to report. What ends the process is told on its own standard error: pytest must not hold that.
 env ${SANITIZE:+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0} \
-  PYTHONPATH="$copy" "$PYTHON" -m pytest -p no:cacheprovider "${@:-tests/ops}"
+  PYTHONPATH="$copy" "$PYTHON" -m pytest -p no:cacheprovider --capture=sys "${@:-tests/ops}"
