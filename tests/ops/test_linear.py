@@ -105,7 +105,8 @@ def test_extreme_quants_do_not_saturate(kernels, format):
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(kernels, format, exact, two_threads):
     packed, other = pack(torch.randn(200, 320), format), pack(torch.randn(72, 320), "q8_0")
-    packed.exact, packed.invariant = exact, format == "nf4"  # the others are so by themselves
+    packed.exact = exact
+    packed.invariant = format == "nf4" and kernels.__name__.endswith("_amx")  # all else is so by itself
     x, bias, residual = torch.randn(200, 320), torch.randn(200), torch.randn(200, 200)
     y = linear(x, packed, bias, residual)
     for rows in (slice(0, 1), slice(0, 8), slice(0, 32), slice(3, 5), slice(7, 20), slice(20, 161)):
