@@ -145,9 +145,16 @@ def make(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A variation as transformers builds it, every parameter random: no norm of ones or bias of zeros hides a slip."""
     model_type, options = VARIATIONS[name]
     config = transformers.AutoConfig.for_model(model_type, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = with_soft_caps(transformers.AutoModelForCausalLM.from_config(config))
     randomize(model, seed)
     return model.eval()
+
+
+def with_soft_caps(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Not every version of transformers applies them in its other ways of attention."""
+    if model.config.model_type == "gemma2":
+        model.set_attn_implementation("eager")
+    return model
 
 
 @torch.no_grad()
@@ -174,7 +181,7 @@ def prompt(length: int, seed: int = 1, vocab_size: int = 96) -> torch.Tensor:
 
 @torch.no_grad()
 def hf_logits(model: transformers.PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids[None]).logits[0]
+    return with_soft_caps(model)(ids[None]).logits[0]
 
 
 @torch.no_grad()
