@@ -98,7 +98,19 @@ def configurations(folder: Path) -> dict[str, list[str]]:
     pagoda("prepare", f"{folder}/text.txt", chars, "--tokenizer", "char", "--split_by", "position")
     shape = ["--train.seq_len", "512", "--train.micro_batch_size", "2", "--device", "cpu", "--train.eval_rows", "4"]
     full = ["pretrain", "--init_from", hf, "--data", tokens, *shape]
-    tuned = ["finetune", hf, "--data", f"{folder}/rows.jsonl", "--train_on", "all", "--epochs", "0", *shape]
+    tuned = [
+        "finetune",
+        hf,
+        "--data",
+        f"{folder}/rows.jsonl",
+        "--train_on",
+        "all",
+        "--packing",
+        "true",
+        "--epochs",
+        "0",
+        *shape,
+    ]
     small = ["pretrain", "--config", str(HERE.parent / "recipes/pretrain/char-1m.yaml"), "--data", chars]
     return {
         **{f"pretrain {name}": [*full, *options.split()] for name, options in FULL.items()},

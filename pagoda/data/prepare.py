@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from pagoda.common import PagodaError, progress, read_json, replacing
+from pagoda.common import PagodaError, keep_heap, progress, read_json, replacing
 from pagoda.data.corpus import Unit, all_documents, documents, list_units
 from pagoda.data.options import Preparation, Reading
 from pagoda.data.shards import FORMAT, SPLITS, ShardWriter, digest, token_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.data.vocabulary import character_tokenizer, find_tokenizer
 
-BATCH_CHARACTERS = 1 << 21  # of text tokenized at once
+BATCH_CHARACTERS = 1 << 18  # of text tokenized at once: what it leaves in memory fits a cache
 PIECE_CHARACTERS = 1 << 22  # longer documents are tokenized in pieces, where that makes no difference
 
 
@@ -199,6 +199,7 @@ worker: Worker  # of this process
 def start_worker(tokenizer: Path, reading: Reading, options: Preparation) -> None:
     global worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    keep_heap()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # and must not be outlived

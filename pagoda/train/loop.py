@@ -179,7 +179,7 @@ def trim_on_the_way_back(job: Job) -> list[RemovableHandle]:
     four times in a backward pass, and before the last gradient, the embedding's: for 4 % of the time. A process alone
     that trains in bf16 has its peak at the start of that pass, and needs none of it."""
     model, o = job.model, job.options
-    peak_at_start = o.precision == "bf16" and job.workers.size == 1
+    peak_at_start = o.precision == "bf16" and job.workers.size == 1 and o.checkpointing == "none"
     if job.workers.device.type != "cpu" or o.compile or model.embed.weight.nbytes < LARGE or peak_at_start:
         return []
     places = [model.embed, *model.layers[:: -(-len(model.layers) // 4)]]

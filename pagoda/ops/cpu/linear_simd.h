@@ -7,6 +7,7 @@ constexpr int TILE = 16;         // output rows of a packed tile
 constexpr int PARTS = TILE / W;  // vectors across a tile
 
 // A loop over register arrays must disappear, or the arrays live in memory.
+#undef UNROLL
 #define UNROLL _Pragma("GCC unroll 16")
 
 #if SIMD_AVX512
