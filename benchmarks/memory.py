@@ -92,25 +92,13 @@ def configurations(folder: Path) -> dict[str, list[str]]:
     pagoda("convert", "smollm2-135m-instruct", hf, "--dtype", "float32")
     words = (HERE.parent / "LICENSE").read_text().split()
     (folder / "text.txt").write_text("\n".join(" ".join(words[i:] + words[:i]) for i in range(0, 500, 5)))
-    pairs = [" ".join((words[i:] + words[:i])[:300]) for i in range(0, 1000, 3)]
+    pairs = [" ".join((words[i:] + words[:i])[:60]) for i in range(1500)]  # short, so that they fill the rows
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"prompt": p[:200], "completion": p[200:]}) for p in pairs))
     pagoda("prepare", f"{folder}/text.txt", tokens, "--tokenizer", hf, "--split_by", "position")
     pagoda("prepare", f"{folder}/text.txt", chars, "--tokenizer", "char", "--split_by", "position")
     shape = ["--train.seq_len", "512", "--train.micro_batch_size", "2", "--device", "cpu", "--train.eval_rows", "4"]
     full = ["pretrain", "--init_from", hf, "--data", tokens, *shape]
-    tuned = [
-        "finetune",
-        hf,
-        "--data",
-        f"{folder}/rows.jsonl",
-        "--train_on",
-        "all",
-        "--packing",
-        "true",
-        "--epochs",
-        "0",
-        *shape,
-    ]
+    tuned = ["finetune", hf, "--data", f"{folder}/rows.jsonl", "--train_on", "all", "--epochs", "0", *shape]
     small = ["pretrain", "--config", str(HERE.parent / "recipes/pretrain/char-1m.yaml"), "--data", chars]
     return {
         **{f"pretrain {name}": [*full, *options.split()] for name, options in FULL.items()},
