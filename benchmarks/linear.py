@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from pagoda.ops.formats import pack
+from pagoda.ops.formats import Arena, pack
 from pagoda.ops.linear import linear
 
 ROWS = (1, 8, 16, 32, 64, 512)
@@ -25,7 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     print("| format | " + " | ".join(f"{n} rows" for n in ROWS) + " |\n|" + "---|" * (len(ROWS) + 1))
     for format in ("int8", "int4", "nf4", "bf16"):
-        weights = [pack(torch.randn(args.size, args.size), format) for _ in range(args.copies)]
+        arena = Arena()  # as a loaded model's
+        weights = [pack(torch.randn(args.size, args.size), format)._apply(arena) for _ in range(args.copies)]
         rates, bytes_per_second = {}, {}
         for n in ROWS:
             seconds = measure(weights, torch.randn(n, args.size).bfloat16(), 3 if n == 512 else 9)
