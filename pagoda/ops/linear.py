@@ -134,7 +134,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if torch.is_grad_enabled():
-        if weight.dtype == x.dtype and not x.is_cpu:
+        if weight.dtype == x.dtype and not cpu.emulates(x) and not hasattr(x, "recipe"):  # PyTorch's own way back
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _Linear.apply(x, weight, bias)
     if weight.dtype == x.dtype and not cpu.emulates(x):
