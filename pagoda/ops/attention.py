@@ -134,7 +134,7 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, w
     n_k, n_kv_head, _ = k.shape
     group, out = n_head // n_kv_head, torch.empty_like(q)
     square = torch.ones(128, 128, dtype=torch.bool)
-    ahead = square.triu(1)[:, None]
+    limit = q.new_full((128, 1, 128), float("inf")).masked_fill_(square.triu(1)[:, None], float("-inf"))
     for head in range(n_kv_head):
         heads = slice(head * group, (head + 1) * group)
         keys, values, queries = k[:, head].contiguous().T, v[:, head].contiguous(), q[:, heads]
@@ -146,7 +146,8 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, w
             torch.addmm(scores, part.reshape(-1, head_size), keys[:, low:high], beta=0, alpha=scale, out=scores)
             tile = scores.view(n, group, -1)
             if causal:  # only around the diagonal, and where a window ends, some keys are hidden
-                tile[..., -n:].masked_fill_(ahead[:n, :, :n], float("-inf"))
+                near = tile[..., -n:]
+                torch.minimum(near, limit[:n, :, :n], out=near)  # faster than a mask
             if window:
                 tile[..., :n].masked_fill_(square[:n, :n].tril(first - window - low)[:, None], float("-inf"))
             out[start : start + n, heads] = (scores.softmax(-1) @ values[low:high]).view(n, group, -1)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
 from pagoda.ops.formats import PackedWeight
-from pagoda.ops.recompute import to_keep
+from pagoda.ops.recompute import SMALL, to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
 CPU = torch.device("cpu")
@@ -134,7 +134,8 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if torch.is_grad_enabled():
-        if weight.dtype == x.dtype and not cpu.emulates(x) and not hasattr(x, "recipe"):  # PyTorch's own way back
+        small = x.nbytes <= SMALL and not hasattr(x, "recipe") and not cpu.emulates(x)
+        if weight.dtype == x.dtype and (small or not x.is_cpu):  # PyTorch's own way back costs less Python
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _Linear.apply(x, weight, bias)
     if weight.dtype == x.dtype and not cpu.emulates(x):
@@ -152,10 +153,9 @@ def _product_of_one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         enabled = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(False)  # of the whole process: what another thread multiplies meanwhile is slower
         try:
-            y = torch.mv(weight, x.reshape(-1))
+            y = F.linear(x, weight)
         finally:
             torch._C._set_mkldnn_enabled(enabled)
-    y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(x.dtype)
 
 
