@@ -391,6 +391,7 @@ def sharded(rank: int, world: int, folder: str) -> None:
         make_optimizer("lion", [("x", columns)], 1e-2)
     if rank == 0:
         torch.save(results, f"{folder}/results{world}.pt")
+    dist.barrier()  # one that ends while the other still talks to it may be aborted
     dist.destroy_process_group()
 
 
