@@ -1,9 +1,10 @@
 """One stream on a CPU: Pagoda beside llama.cpp and transformers, in turns, in one run; the table goes to RESULTS.md.
 
-usage: python benchmarks/decode.py PEERS_DIR [--rounds 3] [--prompt_tokens 512] [--new_tokens 64]
+usage: python benchmarks/decode.py PEERS_DIR [--rounds 3] [--prompt_tokens 512] [--new_tokens 64] [--only REGEX]
 
 PEERS_DIR is what setup_peers.sh built. Every system gets the same threads and random tokens, in a process of its own;
-a round measures each system once, and the medians of the rounds count.
+a round measures each system once, and the medians of the rounds count. With --only the systems whose names match are
+measured, and printed with their ratios to the last of them; RESULTS.md stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt_tokens", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--only", default="", help="the systems whose names match")
     args = parser.parse_args()
     from pagoda.models.download import download
 
@@ -60,10 +63,16 @@ def main() -> None:
             "pagoda, TinyLlama's shape, Q4_0": ours(tiny, *size),
             "llama.cpp, TinyLlama's shape, Q4_0": [*llamacpp, tiny, "same", *size, threads],
         }
+        systems = {name: command for name, command in systems.items() if re.search(args.only, name)}
         rounds = [{name: run(command) for name, command in systems.items()} for _ in range(args.rounds)]
     figures = {name: [key for key, x in rounds[0][name].items() if not isinstance(x, dict)] for name in systems}
     median = {name: {k: statistics.median(r[name][k] for r in rounds) for k in keys} for name, keys in figures.items()}
-    report(table(median, args))
+    if not args.only:
+        return report(table(median, args))
+    last = median[list(systems)[-1]]
+    for name, r in median.items():
+        rates = (f"{key} {r[key]:.1f} ({r[key] / last[key]:.2f} x)" for key in ("prefill", "decode"))
+        print(f"{name}: {', '.join(rates)}")
 
 
 def ours(model: str, prompt: str, new: str, *options: str, reference: bool = False) -> list:
