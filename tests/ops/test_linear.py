@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import pad
 
 from pagoda.ops import cpu
+from pagoda.ops import linear as linear_module
 from pagoda.ops.formats import FORMATS, GGUF_BLOCK, pack, pack_integers
 from pagoda.ops.linear import embedding, linear, linear_many
 
@@ -235,6 +236,15 @@ def test_nf4_under_gradients_in_bf16(rows):
     grad = torch.randn_like(y)
     y.backward(grad)
     torch.testing.assert_close(x.grad.double(), grad.double() @ packed.dequantize().double(), rtol=2**-6, atol=1.0)
+
+
+def test_memory_for_casts_that_an_inference_made_is_good_for_training():
+    linear_module._LOCAL.__dict__.clear()
+    weight, x = torch.randn(48, 96, requires_grad=True), torch.randn(5, 96)
+    with torch.inference_mode():
+        linear_module.linear_transposed(torch.randn(5, 48).bfloat16(), weight.detach())
+    linear(x.bfloat16(), weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(48, -1), rtol=2**-6, atol=0.1)
 
 
 def test_training_in_float32_does_not_round_nf4_to_bf16():
