@@ -57,8 +57,7 @@ class BuildKernels(build_ext):
 
         folder = os.path.join(self.build_temp, folder)
         target = Path(self.compiler.object_filenames([source], output_dir=folder)[0])
-        headers = [path for path in FOLDER.glob("*.h") if path.name in Path(source).read_text()]
-        newest = max(os.path.getmtime(path) for path in [source, __file__, *headers])
+        newest = max(os.path.getmtime(path) for path in [source, __file__, *FOLDER.glob("*.h")])
         if self.force or not target.exists() or target.stat().st_mtime < newest:
             self.compiler.compile([source], folder, include_dirs=[pybind11.get_include()], extra_postargs=FLAGS + flags)
         return str(target)

@@ -2,9 +2,7 @@
 //
 // The GIL is kept during a call. A call lasts from a microsecond to a few milliseconds, less than the interval at which
 // Python threads take turns anyway, and giving it up would make every operation of a decode step queue for it.
-#include "kernels.h"
-
-#include <functional>
+#include "program.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -44,17 +42,8 @@ template <class... Args> static auto kernel(void (*f)(Args...)) {
   };
 }
 
-// Calls with their arguments, made again one after the other without Python in between (record.py).
-struct Program {
-  std::vector<std::function<void()>> calls;
-  void run() const {
-    follow_torch_threads();
-    for (auto& call : calls) call();
-  }
-};
-
 template <class... Args> static auto appended(void (*f)(Args...)) {
-  return [f](Program& program, Args... args) { program.calls.push_back([=] { f(args...); }); };
+  return [f](Program& program, Args... args) { program.append([=] { f(args...); }); };
 }
 
 // The variants (names of __init__.py) whose instructions this CPU and its operating system support.
@@ -79,7 +68,10 @@ static py::list supported_variants() {
 static void define(py::module_& m) {
   m.def("supported_variants", &supported_variants);
   py::class_<Program> program(m, "Program", py::module_local());
-  program.def(py::init<>()).def("__call__", &Program::run);
+  program.def(py::init<>()).def("next_reads", &Program::next_reads).def("__call__", [](Program& program) {
+    follow_torch_threads();
+    program.run();
+  });
 #define DEFINE(name)                  \
   m.def(#name, kernel(&name));        \
   program.def(#name, appended(&name));

@@ -11,6 +11,11 @@ void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x
 void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype);
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype);
 void dequantize(ptr y, ptr weight, int64_t first, int64_t rows, int64_t dtype);
+struct Span {
+  const char* from;
+  int64_t bytes;
+};
+std::vector<Span> share_of_weights(const std::vector<ptr>& weights, int64_t me, int64_t threads);  // what a thread reads
 
 // norm.cpp
 void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype);

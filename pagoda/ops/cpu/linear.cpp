@@ -870,6 +870,31 @@ void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t ro
   multiply(products.data(), y.size(), Rows((void*)x, rows, products[0].weight->n_in, x_stride, dtype));
 }
 
+// The bytes that a thread reads of the weights of a product with few rows, as `multiply` divides them.
+std::vector<Span> share_of_weights(const std::vector<ptr>& weights, int64_t me, int64_t threads) {
+  std::vector<Span> spans;
+  int64_t tiles = 0;
+  for (ptr weight : weights) tiles += ((const Weight*)weight)->tiles();
+  int64_t begin = tiles * me / threads, end = tiles * (me + 1) / threads;
+  for (ptr weight : weights) {
+    auto& w = *(const Weight*)weight;
+    const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, w.tiles());
+    auto add = [&](const void* p, int64_t bytes_of_tile) {
+      if (p && from < to) spans.push_back({(const char*)p + from * bytes_of_tile, (to - from) * bytes_of_tile});
+    };
+    if (w.kind == FLOAT32) add(w.quants, w.n_in * TILE * 4);
+    if (w.kind == BF16_PAIRS) add(w.quants, w.units(2) * TILE * 4);
+    if (w.kind == NF4) add(w.quants, w.units(64) * TILE * 32), add(w.scales, w.units(64) * TILE);
+    if (w.kind == BITS4 || w.kind == BITS8) {
+      add(w.scales, w.group ? w.groups() * TILE * 2 : TILE * 4);
+      add(w.minimums, w.groups() * TILE * 2);
+      add(w.quants, w.units(32) * 64 * (w.kind == BITS4 ? 4 : 8));
+    }
+    begin -= w.tiles(), end -= w.tiles();
+  }
+  return spans;
+}
+
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype) {
   auto& w = *(const Weight*)weight;
   auto row = (const int64_t*)ids;

@@ -44,6 +44,8 @@ class Recording:
             cpu.kernels = real
         if self.complete:
             for kernel, args in self.calls:
+                if kernel.__name__ in ("linear", "linear_many"):
+                    self.program.next_reads([args[1]] if kernel.__name__ == "linear" else args[1])
                 getattr(self.program, kernel.__name__)(*args)
         else:
             self.kept.clear()
