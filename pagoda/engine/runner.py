@@ -107,13 +107,16 @@ class Decoder:
         self.nobody = runner.cache.n_pages - 1
         device = runner.device
         width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
-        slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        positions, slots, self.tokens = self.numbers
         table = torch.full((rows, width), self.nobody, dtype=torch.int32, device=device)
         scaling = torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None
         places = dict(cache=runner.cache, slots=slots, block_table=table)
         self.batch = Batch.of([1] * rows, device, scaling_lens=scaling, **places)
+        self.batch.positions = positions
+        self.longest = min(width * runner.size, self.model.config.block_size)
         self.blocks: list[list[int]] = [[] for _ in range(rows)]  # what the table holds
-        self.inputs: list[Tensor] = []  # the residual stream's start, then the angles' cosines and sines
+        self.inputs: list[Tensor] | None = None  # the residual stream's start, then the angles' cosines and sines
         self.recording: Recording | Graph | None = None
 
     @property
@@ -129,10 +132,9 @@ class Decoder:
         past = [self.runner.n_virtual + s.cached for s in sequences]
         slots = self.runner.slots(sequences, [1] * n, past) + [self.nobody * self.runner.size] * idle
         tokens = [s.tokens[-1] for s in sequences] + [0] * idle
-        b.positions.copy_(torch.tensor(past + [0] * idle))
-        b.seq_lens.copy_(b.positions + 1)
+        self.numbers.copy_(torch.tensor([past + [0] * idle, slots, tokens]))
+        torch.add(b.positions, 1, out=b.seq_lens)
         b.max_seq_len = max(past) + 1
-        b.slots.copy_(torch.tensor(slots))
         if b.scaling_lens is not None:
             b.scaling_lens.copy_(b.seq_lens)
         for i in range(self.rows):
@@ -140,28 +142,49 @@ class Decoder:
             if blocks != self.blocks[i]:
                 self.blocks[i] = list(blocks)
                 b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        x = self.model.embed_tokens(torch.tensor(tokens, device=self.runner.device), b)
-        angles = self.model.angles(b)
-        records = cpu.kernels is not None if x.is_cpu else x.is_cuda and not self.model.config.n_expert
-        scores = self._recorded if records else self._scores  # experts are asked for by the numbers of their rows
-        return self.model.cap_logits(scores(x, angles)[:n])
+        if b.positions.is_cpu:
+            scores = self._recorded() if cpu.kernels is not None else self._scores()
+        else:  # experts are asked for by the numbers of their rows
+            scores = self._scores() if self.model.config.n_expert else self._behind_inputs()
+        return self.model.cap_logits(scores[:n])
 
-    def _scores(self, x: Tensor, angles: tuple) -> Tensor:
+    def _scores(self, inputs: tuple | None = None) -> Tensor:
+        x, angles = inputs or self._inputs()
         return self.model.head(self.model.transform(x, self.batch, *angles))
 
-    def _recorded(self, x: Tensor, angles: tuple) -> Tensor:
-        """The head's scores from the start of the residual stream: by Python the first time, then by its recording."""
+    def _inputs(self) -> tuple[Tensor, tuple]:
+        return self.model.embed_tokens(self.tokens, self.batch), self.model.angles(self.batch)
+
+    def _recorded(self) -> Tensor:
+        """The head's scores: by Python the first time, then by the recording. Where there is more to the embedding than
+        kernels, the recording begins behind it; what cannot be recorded at all is done by Python."""
+        if self.inputs is not None:
+            return self._behind_inputs()
+        if self.recording is not None:
+            return self.recording()
+        now, self.batch.max_seq_len = self.batch.max_seq_len, self.longest
+        self.model.angles(self.batch)  # makes a table of them, long enough for all steps to come
+        recording = Recording(self._scores)
+        self.batch.max_seq_len = now
+        if recording.complete:
+            self.recording = recording
+        else:
+            self.inputs = []
+        return recording.output
+
+    def _behind_inputs(self) -> Tensor:
+        x, angles = self._inputs()
         flat = [x, *(t for pair in angles if pair is not None for t in pair)]
         if self.recording is None:
             self.inputs = [t.clone() for t in flat]
             x, *rest = self.inputs
             pairs = iter(zip(rest[::2], rest[1::2]))
             angles = [None if pair is None else next(pairs) for pair in angles]
-            function = partial(self._scores, x, angles)
+            function = partial(self._scores, (x, angles))
             self.recording = Recording(function) if x.is_cpu else Graph(function, *self.runner.graphs)
             return self.recording.output
         if not self.recording.complete:
-            return self._scores(x, angles)
+            return self._scores((x, angles))
         for mine, new in zip(self.inputs, flat):
             mine.copy_(new)
         return self.recording()

@@ -267,7 +267,8 @@ class GPT(nn.Module):
         angles = self.rope(batch.positions, lengths, batch.max_seq_len)
         if self.rope_local is None:
             return angles, None
-        return angles, self.rope_local(batch.positions, batch.token_lens(), batch.max_seq_len)
+        lengths = batch.token_lens() if self.rope_local.by_length else None
+        return angles, self.rope_local(batch.positions, lengths, batch.max_seq_len)
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (M, n_embd) to (M, vocab_size), soft-capped where the family does."""

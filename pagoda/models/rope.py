@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pagoda.common import PagodaError
+from pagoda.ops.linear import embedding
 
 
 class Rope:
@@ -43,7 +44,7 @@ class Rope:
         self.recompute_beyond = None
         if self.type == "longrope":
             self.recompute_beyond = params.get("original_max_position_embeddings") or block_size
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._tables: list[tuple[Tensor, Tensor]] = []  # the last counts; recordings may read those before it
 
     def __call__(self, positions: Tensor, lengths: Tensor | None, max_position: int) -> tuple[Tensor, Tensor]:
         """positions (N,) int64; lengths (N,): the length of each token's sequence, used by the scalings that ask for
@@ -52,13 +53,13 @@ class Rope:
             inv_freq, factor = self.frequencies(lengths)
             angles = positions[:, None].float() * inv_freq
             return angles.cos() * factor, angles.sin() * factor
-        if self._table is None or len(self._table[0]) <= max_position or self._table[0].device != positions.device:
+        if not self._tables or len(self._tables[-1][0]) <= max_position or self._tables[-1][0].device != positions.device:
             size = max(256, 1 << max_position.bit_length())
             inv_freq, factor = self.frequencies()
             angles = (torch.arange(size).float()[:, None] * inv_freq).to(positions.device)
-            self._table = angles.cos() * factor, angles.sin() * factor
-        cos, sin = self._table
-        return cos[positions], sin[positions]
+            self._tables.append((angles.cos() * factor, angles.sin() * factor))
+        cos, sin = self._tables[-1]
+        return embedding(positions, cos), embedding(positions, sin)
 
     def frequencies(self, lengths: Tensor | None = None) -> tuple[Tensor, float]:
         """Inverse frequencies (dim / 2,), or (N, dim / 2) by the lengths; and the factor on cos and sin."""

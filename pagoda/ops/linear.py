@@ -63,7 +63,12 @@ def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
 def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """Rows of weight (n_rows, n) by ids (N,) int64: (N, n), for a PackedWeight in its `dtype`."""
     if not isinstance(weight, PackedWeight):
-        return F.embedding(ids, weight)
+        if not (cpu.usable(ids) and weight.is_cpu and weight.is_contiguous()):
+            return F.embedding(ids, weight)
+        y, ids = weight.new_empty(*ids.shape, weight.shape[1]), ids.contiguous()
+        size = weight.shape[1] * weight.element_size()
+        cpu.kernels.rows(y.data_ptr(), weight.data_ptr(), ids.data_ptr(), ids.numel(), len(weight), size)
+        return y
     address, _, n = weight.kernel_view() if cpu.usable(ids) and weight.dtype in _FLOATS else (0, 0, 0)
     if not address:
         return weight.rows(ids).to(weight.dtype)

@@ -10,6 +10,7 @@ using ptr = uintptr_t;
 void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype);
 void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype);
 void embedding(ptr y, ptr weight, ptr ids, int64_t n, int64_t dtype);
+void rows(ptr y, ptr weight, ptr ids, int64_t n, int64_t n_rows, int64_t size);
 void dequantize(ptr y, ptr weight, int64_t first, int64_t rows, int64_t dtype);
 struct Span {
   const char* from;
@@ -66,6 +67,7 @@ void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_
   X(linear) \
   X(linear_many) \
   X(embedding) \
+  X(rows) \
   X(dequantize) \
   X(add) \
   X(square_sum) \

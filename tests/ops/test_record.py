@@ -1,0 +1,111 @@
+"""Recordings: the same bits as the calls that were recorded, with any number of threads, beside other work too."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from pagoda.ops.attention import attention
+from pagoda.ops.cpu.record import Recording
+from pagoda.ops.formats import pack
+from pagoda.ops.linear import embedding, linear, linear_many
+from pagoda.ops.norm import add_rms_norm, rms_norm
+
+
+@pytest.fixture(params=[1, 2, 3])  # 3: more than there are cores, on the smallest machines
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def layers(format: str, rows: int):
+    """A function of `ids` and `k` as a decode step is: small loops and large ones, some by one thread, some by all."""
+    weights = [pack(torch.randn(n, m) / m**0.5, format) for n, m in [(50, 256), (256, 256), (64, 256), (700, 256)]]
+    table, gain = weights[0], torch.ones(256)
+    ids, k = torch.randint(50, (rows,)), torch.randn(rows * 300, 1, 64)
+    lengths = dict(cu_seqlens=torch.arange(rows + 1, dtype=torch.int32), seq_lens=torch.full((rows,), 300, dtype=torch.int32))
+    pages = dict(block_table=torch.arange(rows * 6, dtype=torch.int32).view(rows, 6), max_seqlen=1, max_seq_len=300)
+
+    def function():
+        x = embedding(ids, table)
+        for _ in range(3):
+            q, _ = linear_many(rms_norm(x, gain, 1e-5), [weights[1], weights[2]])
+            paged = k.view(-1, 50, 1, 64)
+            y = attention(q.view(rows, 4, 64), paged, paged, scale=0.125, **lengths, **pages)
+            x, h = add_rms_norm(x, linear(y.flatten(1), weights[1]), gain, 1e-5)
+        return linear(h, weights[3])
+
+    return ids, k, function
+
+
+@pytest.mark.parametrize("format", ["float32", "bf16", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_recording_does_what_it_recorded(kernels, threads, format, rows):
+    ids, k, function = layers(format, rows)
+    recording = Recording(function)
+    assert recording.complete
+    for _ in range(4):
+        ids.copy_(torch.randint(50, (rows,)))
+        k.normal_()
+        assert torch.equal(recording().clone(), function())
+
+
+def test_threads_may_change_between_two_runs(kernels):
+    ids, k, function = layers("int8", 1)
+    recording, before = Recording(function), torch.get_num_threads()
+    expected = function().clone()
+    for n in (2, 1, 3, 2):
+        torch.set_num_threads(n)
+        assert torch.equal(recording(), expected)
+    torch.set_num_threads(before)
+
+
+def test_busy_cores_make_it_slower_and_nothing_else(kernels):
+    ids, k, function = layers("int4", 2)
+    recording, expected, over = Recording(function), function().clone(), threading.Event()
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    others = [threading.Thread(target=lambda: [sum(range(10**5)) for _ in iter(over.is_set, True)]) for _ in range(3)]
+    for other in others:
+        other.start()
+    try:
+        start = time.monotonic()
+        while time.monotonic() - start < 1:
+            assert torch.equal(recording(), expected)
+    finally:
+        over.set()
+        for other in others:
+            other.join()
+        torch.set_num_threads(before)
+
+
+def test_a_bad_row_number_is_an_error_and_leaves_the_recording_whole(kernels, threads):
+    ids, _, function = layers("int8", 1)
+    recording, expected = Recording(function), function().clone()
+    good = ids.clone()
+    ids.fill_(50)
+    with pytest.raises(IndexError):
+        recording()
+    ids.copy_(good)
+    assert torch.equal(recording(), expected)
+
+
+def test_what_is_not_a_kernel_makes_a_recording_incomplete(kernels):
+    x = torch.randn(3, 4)
+    assert not Recording(lambda: rms_norm(x * 2, torch.ones(4), 1e-5)).complete
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("columns", [1, 33, 70000])
+def test_rows_of_a_plain_matrix(kernels, dtype, columns):
+    weight = torch.randn(11, columns).to(dtype)
+    ids = torch.randint(11, (4, 5))
+    assert torch.equal(embedding(ids, weight), weight[ids])
+    assert embedding(ids[:0], weight).shape == (0, 5, columns)
+    assert torch.equal(embedding(ids.T, weight.T.contiguous().T), weight[ids.T])
+    for bad in (11, -1):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([bad]), weight)
