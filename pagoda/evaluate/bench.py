@@ -105,7 +105,7 @@ def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.bfloat16 and device.type == "cpu" and cpu.emulates(torch.empty(0, dtype=dtype)):
         dtype = torch.float32
     m, n = (512, 2048) if device.type == "cpu" else (8192, 8192)
-    a, b = (torch.randn(rows, n, device=device).to(dtype) for rows in (m, n))
+    a, b = (torch.randn(rows, n, dtype=dtype, device=device) for rows in (m, n))
     return 2 * m * n * n / best_time(lambda: a @ b, 10)
 
 
