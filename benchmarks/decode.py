@@ -112,8 +112,8 @@ def table(rates: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
 
 
 def targets(rates: dict[str, dict[str, float]]) -> list[tuple[str, str, float, float]]:
-    """What is asked, how much, what was seen; and for decoding faster than a peer the share of the read bandwidth that the
-    asked rate would take, with a step's bytes (0 for the others)."""
+    """What is asked, how much, what was seen; for decoding faster than a peer also the share of the read bandwidth that
+    the asked rate would take, with a step's bytes (0 for the others)."""
 
     def ratio(a: str, b: str, key: str = "decode") -> float:
         return rates[a][key] / rates[b][key]
@@ -137,7 +137,12 @@ def targets(rates: dict[str, dict[str, float]]) -> list[tuple[str, str, float, f
         ("prefill, best / llama.cpp's best", "2.0", best("pagoda") / best("llama.cpp"), 0),
         ("prefill, best / transformers bf16", "1.3", best("pagoda") / rates["transformers bf16"]["prefill"], 0),
         (f"TinyLlama's shape: decode / llama.cpp's, {tiny}", "1.0", ratio(f"pagoda, {tiny}", f"llama.cpp, {tiny}"), 0),
-        ("TinyLlama's shape: share of read bandwidth", "0.75", rates[f"pagoda, {tiny}"]["decode_share_of_bandwidth"], 0),
+        (
+            "TinyLlama's shape: share of read bandwidth",
+            "0.75",
+            rates[f"pagoda, {tiny}"]["decode_share_of_bandwidth"],
+            0,
+        ),
         (
             "8,000 against 512 tokens of context: time per token / bytes per token",
             "at most 1",

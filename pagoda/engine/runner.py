@@ -107,7 +107,7 @@ class Decoder:
         self.nobody = runner.cache.n_pages - 1
         device = runner.device
         width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
-        self.numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self.numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)  # what every step changes
         positions, slots, self.tokens = self.numbers
         table = torch.full((rows, width), self.nobody, dtype=torch.int32, device=device)
         scaling = torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None

@@ -45,7 +45,7 @@ class Speed:
 def bench(
     model: GPT, kv_dtype: torch.dtype, prompt_tokens: int = 512, new_tokens: int = 128, batch: int = 1, repeats: int = 3
 ) -> Speed:
-    """Prefill `batch` prompts of random tokens, decode greedily; the median of `repeats` runs of one engine behind one to warm it up."""
+    """Prefill `batch` prompts of random tokens, decode greedily; the median of `repeats` runs behind one to warm up."""
     config = model.config
     if min(prompt_tokens, batch, repeats) < 1 or new_tokens < 2:
         raise PagodaError("prompt_tokens, batch and repeats must be at least 1, and new_tokens at least 2")

@@ -53,7 +53,8 @@ class Rope:
             inv_freq, factor = self.frequencies(lengths)
             angles = positions[:, None].float() * inv_freq
             return angles.cos() * factor, angles.sin() * factor
-        if not self._tables or len(self._tables[-1][0]) <= max_position or self._tables[-1][0].device != positions.device:
+        table = self._tables[-1][0] if self._tables else None
+        if table is None or len(table) <= max_position or table.device != positions.device:
             size = max(256, 1 << max_position.bit_length())
             inv_freq, factor = self.frequencies()
             angles = (torch.arange(size).float()[:, None] * inv_freq).to(positions.device)

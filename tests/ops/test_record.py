@@ -26,8 +26,9 @@ def layers(format: str, rows: int):
     weights = [pack(torch.randn(n, m) / m**0.5, format) for n, m in [(50, 256), (256, 256), (64, 256), (700, 256)]]
     table, gain = weights[0], torch.ones(256)
     ids, k = torch.randint(50, (rows,)), torch.randn(rows * 300, 1, 64)
-    lengths = dict(cu_seqlens=torch.arange(rows + 1, dtype=torch.int32), seq_lens=torch.full((rows,), 300, dtype=torch.int32))
-    pages = dict(block_table=torch.arange(rows * 6, dtype=torch.int32).view(rows, 6), max_seqlen=1, max_seq_len=300)
+    lengths = dict(cu_seqlens=torch.arange(rows + 1, dtype=torch.int32), max_seqlen=1, max_seq_len=300)
+    lengths |= dict(seq_lens=torch.full((rows,), 300, dtype=torch.int32))
+    pages = dict(block_table=torch.arange(rows * 6, dtype=torch.int32).view(rows, 6))
 
     def function():
         x = embedding(ids, table)
@@ -54,7 +55,7 @@ def test_a_recording_does_what_it_recorded(kernels, threads, format, rows):
 
 
 def test_threads_may_change_between_two_runs(kernels):
-    ids, k, function = layers("int8", 1)
+    _, _, function = layers("int8", 1)
     recording, before = Recording(function), torch.get_num_threads()
     expected = function().clone()
     for n in (2, 1, 3, 2):
@@ -64,7 +65,7 @@ def test_threads_may_change_between_two_runs(kernels):
 
 
 def test_busy_cores_make_it_slower_and_nothing_else(kernels):
-    ids, k, function = layers("int4", 2)
+    _, _, function = layers("int4", 2)
     recording, expected, over = Recording(function), function().clone(), threading.Event()
     before = torch.get_num_threads()
     torch.set_num_threads(4)

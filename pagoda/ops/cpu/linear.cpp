@@ -60,7 +60,8 @@ struct Product {
 };
 
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
-constexpr int64_t AHEAD = 8192;       // bytes of weights asked for in advance: the CPU's own prefetching ends at every page
+constexpr int64_t AHEAD = 8192;       // bytes of 4-bit weights asked for in advance; what needs less work for a byte is read
+                                      // faster as it comes, one tile behind the other: the CPU sees that by itself
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
@@ -259,7 +260,7 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, const Later&
     int64_t left = w.group, fetched = later.from && part == 0 ? later.first : n_blocks;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
       const int32_t* quads = x.quads + b * 8 * R;
-      if (R == 1) prefetch(q + AHEAD, 64 * BITS);
+      if (R == 1 && BITS == 4) prefetch(q + AHEAD, 64 * BITS);
       else if (b == fetched) prefetch<2>(later.from + b * 64 * BITS, 64 * BITS), fetched += later.every;
       vi dot[R];
       UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
@@ -291,7 +292,7 @@ template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Resi
     for (const Residual* x = residuals; x < residuals + n; x++) {
       const int64_t at = (tile * w.groups() + x->block / w.group) * TILE + part * W;
       vi dot = set1_bits(BITS == 8 ? x->offset8 : w.zero_point ? x->offset4 : 0);
-      prefetch(q + w.units(32) * 64 * BITS + AHEAD + (x - residuals) * 64 * BITS, 64 * BITS);  // of the next tile
+      if (BITS == 4) prefetch(q + w.units(32) * 64 * BITS + AHEAD + (x - residuals) * 64 * BITS, 64 * BITS);  // of the next tile
       dot_block<BITS, 1>(q + x->block * 64 * BITS, x->quads, &dot);
       acc = fma(from_int(dot), mul(load((const f16*)w.scales + at), set1(x->scale)), acc);
       if (w.minimums) acc = fma(load(w.minimums + at), set1(x->sum), acc);
@@ -321,7 +322,7 @@ IntegerTile integer_kernel(const Weight& w, int R) {
 // with an element of the activations, broadcast.
 
 struct Multiply {
-  static constexpr int BLOCK = 0, WIDE = WIDE_TILES;
+  static constexpr int BLOCK = 0, WIDE = WIDE_TILES, NARROW = 1;  // tiles beside each other: of several rows, of one
   using E = float;  // an element of the activations, and what the kernel broadcasts
   using X = float;
   using V = vf;
@@ -345,7 +346,7 @@ struct Bf16View : Multiply {  // (K / 2, 16, 2) bf16
 
 #if defined(__AVX512BF16__)
 struct MultiplyPairs {
-  static constexpr int BLOCK = 0, WIDE = WIDE_TILES;
+  static constexpr int BLOCK = 0, WIDE = WIDE_TILES, NARROW = 1;
   using E = bf16;
   using X = uint32_t;
   using V = vi;
@@ -367,7 +368,7 @@ const float NF4_VALUES[16] = {  // Dettmers et al. 2023, "QLoRA", appendix E
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowest; scales (K / 64, 16) float32
-  static constexpr int COUNT = 8;
+  static constexpr int COUNT = 8, NARROW = 4 / PARTS;  // 4 sums in flight
   const uint8_t* p;
   const float* scales;
   INLINE void load(int64_t step, int part, vf* v) const {
@@ -386,7 +387,7 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
 
 #if defined(__AVX512BF16__)
 struct Nf4PairView : MultiplyPairs {  // the same words as 4 pairs of unscaled bf16: a block's sum is scaled
-  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 1;  // a second tile's sums would not fit into the registers
+  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 1, NARROW = 4;  // of more rows a second tile's sums would not fit
   const uint8_t* p;
   const float* scales;
   INLINE void load(int64_t step, int, vi* v) const {
@@ -442,7 +443,7 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R) {
     const int64_t at = step * TILE * 4 + AHEAD, ahead = at < size ? at : at + (T - 1) * size;
     UNROLL for (int t = 0; t < T * PARTS; t++) {
-      if ((View::BLOCK || R < MAX_ROWS) && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
+      if (View::NARROW > 1 && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
       UNROLL for (int i = 0; i < View::COUNT; i++)
@@ -737,9 +738,8 @@ void integer_matrix_share(const Product& p, const Task& task, const Share& share
 template <class View, class F>
 void view_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
                 int64_t steps, F make_view) {
-  constexpr int NARROW = 4 / PARTS;  // one row: as many tiles as give 4 sums in flight
   using One = std::make_integer_sequence<int, 1>;
-  if (task.rows.n == 1) float_share<View, NARROW, One>(p, task, share, chunk, x, steps, make_view);
+  if (task.rows.n == 1) float_share<View, View::NARROW, One>(p, task, share, chunk, x, steps, make_view);
   else float_share<View, View::WIDE, RowCounts>(p, task, share, chunk, x, steps, make_view);
 }
 

@@ -18,7 +18,9 @@ class Team {
  public:
   static inline thread_local Team* current = nullptr;  // of the thread that makes the loops
 
-  explicit Team(int64_t threads) : threads(std::min<int64_t>(threads, 64)) {}
+  static constexpr int MOST = 64;  // threads
+
+  explicit Team(int64_t threads) : threads(threads) {}
 
   // Calls f() here, with the other threads at hand. What one of those does while it waits is of its own: waiting(me)
   // gives an object whose fetch() does a little, or returns false, and whose done() is called behind every loop.

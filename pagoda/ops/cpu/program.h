@@ -16,7 +16,7 @@ class Program {
   void next_reads(std::vector<ptr> packed) { weights = std::move(packed); }  // by the call that is appended next
 
   void run() {
-    const int threads = max_threads();
+    const int threads = std::min(max_threads(), Team::MOST);
     if (threads == 1) {
       for (const Call& call : calls) call.make();
       return;
