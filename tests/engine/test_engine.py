@@ -425,3 +425,24 @@ def test_the_cache_stays_within_its_memory(model):
         size = sum(t.nbytes for layer in cache.layers for t in (layer.k, layer.v))
         assert 0.8 * gib * 2**30 < size <= gib * 2**30
         assert sum(len(t) for t in tiny.generate(model, PROMPTS * 3, GREEDY)) == 12 * 15
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("more", "from_tokens"),
+    [({}, True), ({"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu_pytorch_tanh"}, False)],
+)
+def test_recorded_steps_choose_what_python_chooses(more, from_tokens):
+    """Recorded from the tokens on, or where the embedding is more than kernels (Gemma's factor) behind it. The second
+    request needs a longer table of angles, while the first recording still reads the one before."""
+    model = make(**more)
+    long = [[7] * 300, [9, 8]]
+    recorded, plain = engine_of(model), engine_of(model)
+    plain.runner.most_recorded = 0
+    for prompts in ([[5, 6, 7]], long, [[5, 6, 7]]):
+        requests = [Request(p, GREEDY) for p in prompts]
+        assert [a[0] for a in answers(recorded, requests)] == [a[0] for a in answers(plain, requests)]
+    decoders = recorded.runner.decoders.values()
+    assert not plain.runner.decoders
+    assert len(decoders) == 2
+    assert all(d.recording.complete and (d.inputs is None) == from_tokens for d in decoders)
