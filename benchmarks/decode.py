@@ -106,14 +106,14 @@ def table(rates: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
         share = f"{r['decode_share_of_bandwidth']:.0%}" if "decode_share_of_bandwidth" in r else ""
         lines.append(f"| {name} | {r['prefill']:.0f} | {r['decode']:.1f} | {share} |")
     lines += ["", "| target | asked | seen | what asked would read, of the bandwidth |", "|---|---|---|---|"]
-    for what, asked, ratio, needed in targets(rates):
-        lines.append(f"| {what} | {asked} | {ratio:.2f} | {f'{needed:.0%}' if needed else ''} |")
+    for what, asked, ratio, *needed in targets(rates):
+        lines.append(f"| {what} | {asked} | {ratio:.2f} | {''.join(map('{:.0%}'.format, needed))} |")
     return "\n".join(lines)
 
 
-def targets(rates: dict[str, dict[str, float]]) -> list[tuple[str, str, float, float]]:
+def targets(rates: dict[str, dict[str, float]]) -> list[tuple]:
     """What is asked, how much, what was seen; for decoding faster than a peer also the share of the read bandwidth that
-    the asked rate would take, with a step's bytes (0 for the others)."""
+    the asked rate would take, with a step's bytes."""
 
     def ratio(a: str, b: str, key: str = "decode") -> float:
         return rates[a][key] / rates[b][key]
@@ -130,36 +130,28 @@ def targets(rates: dict[str, dict[str, float]]) -> list[tuple[str, str, float, f
     extra_bytes = rates[long]["decode_bytes_per_step"] / rates[own]["decode_bytes_per_step"]
     return [
         faster("decode, 4-bit: the file's bits / llama.cpp Q4_0", 2, own, "llama.cpp Q4_0"),
-        ("decode, 4-bit: the file's bits / llama.cpp on the same bits", "more", ratio(own, "llama.cpp Q4_1"), 0),
+        ("decode, 4-bit: the file's bits / llama.cpp on the same bits", "more", ratio(own, "llama.cpp Q4_1")),
         faster("decode, 8-bit: int8 / llama.cpp Q8_0", 1.8, "pagoda int8", "llama.cpp Q8_0"),
         faster("decode, bf16 / llama.cpp BF16", 1.3, "pagoda bf16", "llama.cpp BF16"),
         faster("decode, bf16 / transformers bf16", 5, "pagoda bf16", "transformers bf16"),
-        ("prefill, best / llama.cpp's best", "2.0", best("pagoda") / best("llama.cpp"), 0),
-        ("prefill, best / transformers bf16", "1.3", best("pagoda") / rates["transformers bf16"]["prefill"], 0),
-        (f"TinyLlama's shape: decode / llama.cpp's, {tiny}", "1.0", ratio(f"pagoda, {tiny}", f"llama.cpp, {tiny}"), 0),
-        (
-            "TinyLlama's shape: share of read bandwidth",
-            "0.75",
-            rates[f"pagoda, {tiny}"]["decode_share_of_bandwidth"],
-            0,
-        ),
+        ("prefill, best / llama.cpp's best", "2.0", best("pagoda") / best("llama.cpp")),
+        ("prefill, best / transformers bf16", "1.3", best("pagoda") / rates["transformers bf16"]["prefill"]),
+        (f"TinyLlama's shape: decode / llama.cpp's, {tiny}", "1.0", ratio(f"pagoda, {tiny}", f"llama.cpp, {tiny}")),
+        ("TinyLlama's shape: share of read bandwidth", "0.75", rates[f"pagoda, {tiny}"]["decode_share_of_bandwidth"]),
         (
             "8,000 against 512 tokens of context: time per token / bytes per token",
             "at most 1",
             ratio(own, long) / extra_bytes,
-            0,
         ),
         (
             "without kernels, bf16: prefill / transformers",
             "1.1",
             ratio("pagoda bf16, without kernels", "transformers bf16", "prefill"),
-            0,
         ),
         (
             "without kernels, bf16: decode / transformers",
             "1.8",
             ratio("pagoda bf16, without kernels", "transformers bf16"),
-            0,
         ),
     ]
 
