@@ -65,9 +65,9 @@ class Runner:
 
     def slots(self, sequences: list[Sequence], lengths: list[int], past: list[int]) -> list[int]:
         """Where the next tokens of each sequence go in the cache."""
-        size = self.size
+        size, step = self.size, self.size * self.cache.step
         return [
-            s.blocks[p // size] * size + p % size
+            s.blocks[p // size] * step + p % size
             for s, n, first in zip(sequences, lengths, past)
             for p in range(first, first + n)
         ]
@@ -75,7 +75,7 @@ class Runner:
     def table(self, sequences: list[Sequence]) -> Tensor:
         width = max(len(s.blocks) for s in sequences)
         rows = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
-        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+        return torch.tensor(rows, dtype=torch.int32, device=self.device) * self.cache.step
 
     def _decode(self, sequences: list[Sequence]) -> Tensor:
         rows = recorded_rows(len(sequences))
@@ -109,7 +109,7 @@ class Decoder:
         width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
         self.numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)  # what every step changes
         positions, slots, self.tokens = self.numbers
-        table = torch.full((rows, width), self.nobody, dtype=torch.int32, device=device)
+        table = torch.full((rows, width), self.nobody * runner.cache.step, dtype=torch.int32, device=device)
         scaling = torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None
         places = dict(cache=runner.cache, slots=slots, block_table=table)
         self.batch = Batch.of([1] * rows, device, scaling_lens=scaling, **places)
@@ -130,7 +130,7 @@ class Decoder:
         """Scores (S, vocab_size) of what follows each sequence's last token."""
         b, n, idle = self.batch, len(sequences), self.rows - len(sequences)
         past = [self.runner.n_virtual + s.cached for s in sequences]
-        slots = self.runner.slots(sequences, [1] * n, past) + [self.nobody * self.runner.size] * idle
+        slots = self.runner.slots(sequences, [1] * n, past) + [self.nobody * self.runner.cache.step * self.runner.size] * idle
         tokens = [s.tokens[-1] for s in sequences] + [0] * idle
         self.numbers.copy_(torch.tensor([past + [0] * idle, slots, tokens]))
         torch.add(b.positions, 1, out=b.seq_lens)
@@ -141,7 +141,7 @@ class Decoder:
             blocks = sequences[i].blocks if i < n else [self.nobody]
             if blocks != self.blocks[i]:
                 self.blocks[i] = list(blocks)
-                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32) * self.runner.cache.step
         if b.positions.is_cpu:
             scores = self._recorded() if cpu.kernels is not None else self._scores()
         else:  # experts are asked for by the numbers of their rows

@@ -177,6 +177,19 @@ def test_prefill_in_pairs_of_bf16_matches_the_formula(kernels, head_size):
     close(flat.run(products=0), flat.exact())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 37}, {"softcap": 5.0, "window": 131}, {"causal": False}])
+def test_decode_in_pairs_of_bf16_matches_the_formula(kernels, options, dtype):
+    """Of rounded queries; the weights' rounding costs each value at most 2^-9 of itself."""
+    torch.manual_seed(4)
+    flat = Flat([1, 8, 3, 1, 2], [400, 205, 222, 1, 131], 6, 2, 64, dtype, torch.bfloat16, page_size=5, **options)
+    got = flat.run(products=2)
+    for s, rows in enumerate(got.split(flat.queries)):
+        torch.testing.assert_close(flat.run(only=s, products=2), rows, rtol=0, atol=0)
+    flat.q = flat.q.to(torch.bfloat16)
+    torch.testing.assert_close(got.double(), flat.exact(), rtol=0, atol=2**-7)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_ragged_keys_are_read_in_place_from_a_fused_product(kernels, dtype):
     torch.manual_seed(5)

@@ -30,70 +30,99 @@ constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
 // ---------------------------------------------------------------------------------------------------------- decode
 
-// Rows of several heads that will be needed, fetched into the L2 cache a head at a time in the order in which they lie in
-// memory: that decides, by a factor of two, how fast they come.
-template <class T> struct Ahead {
-  Heads<T> heads;
-  const int64_t *at, *end;
-  int64_t n_heads, head = 0;
+// Where consecutive keys or values stand. Behind the last there are W more of it, so that one can always take W at once.
+template <class T> struct Rows {
+  const T* of[CHUNK + W];
 
-  Ahead(const Heads<T>& first, const int64_t* at, int64_t n, int64_t n_heads) : heads(first), at(at), end(at + n), n_heads(n_heads) {}
-  void all() { while (at != end) next(); }
-  INLINE void next() {
-    if (at == end) return;
-    prefetch<2>(heads.row(*at) + head * heads.head_size, heads.head_size * sizeof(T));
-    if (++head == n_heads) head = 0, at++;
+  Rows(ptr base, int64_t stride, const int64_t* at, int64_t n) {
+    for (int64_t j = 0; j < n; j++) of[j] = (const T*)base + at[j] * stride;
+    std::fill(of + n, of + n + W, n ? of[n - 1] : nullptr);
   }
 };
 
-// x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours). q is laid out as load_pair reads the keys, or with
-// PAIRS is bf16 as it came: then one instruction multiplies 2 W elements of a row and a key. Meanwhile fetch() is called
-// for each key, as in all of these.
-template <class T, int R, bool PAIRS, class F>
-void decode_scores(const Heads<T>& keys, const int64_t* at, int64_t n, const float* q, int64_t padded, float* x, F fetch) {
-  const int64_t head_size = keys.head_size;
+// Rows that will be needed, of the heads first .. last - 1, fetched into the L2 cache a little at a time in the order in
+// which they lie in memory: that decides, by a factor of two, how fast they come.
+template <class T> struct Ahead {
+  const T *const *row, *const *end;
+  int64_t first, bytes, lines;  // of a row; lines of a head
+  const char *now = nullptr, *until = nullptr;  // what is fetched: rows that follow each other
+
+  Ahead(const Rows<T>& rows, int64_t n, int64_t head_size, int64_t first, int64_t last)
+      : row(rows.of), end(rows.of + n), first(first * head_size), bytes((last - first) * head_size * sizeof(T)),
+        lines((head_size * sizeof(T) + 63) / 64) {}
+  INLINE void next(int64_t keys) {  // one head of each
+    for (int64_t i = keys * lines; i > 0; i--, now += 64) {
+      if (now >= until && !follow()) return;
+      __builtin_prefetch(now, 0, 2);
+    }
+  }
+
+ private:
+  bool follow() {
+    if (row == end) return false;
+    now = (const char*)(*row++ + first), until = now + bytes;
+    for (; row != end && (const char*)(*row + first) == until; row++) until += bytes;
+    return true;
+  }
+};
+
+// x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours); the head begins at `offset` in each row. q is laid
+// out as load_pair reads the keys. Meanwhile fetch is told how many keys were read, as in all of these.
+template <class T, int R, class F>
+void decode_scores(const T* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded, float* x, F fetch) {
   for (int64_t j = 0; j < n; j += 4) {
-    for (int64_t t = j; t < std::min(j + 4, n); t++) fetch();
+    fetch(std::min<int64_t>(4, n - j));
     vf acc[R][4];
-    const T* rows[4];
-    for (int t = 0; t < 4; t++) rows[t] = keys.row(at[std::min(j + t, n - 1)]);
     for (auto& row : acc)
       for (vf& a : row) a = zero();
     auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
       UNROLL for (int t = 0; t < 4; t++) {
-        if constexpr (PAIRS) {
-          const vi bits = load_bits(key(t));
-          UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], load_bits((const bf16*)(q + r * padded) + d), bits);
-        } else {
-          vf a, b;
-          load_pair(key(t), a, b);
-          UNROLL for (int r = 0; r < R; r++)
-            acc[r][t] = fma(b, load(q + r * padded + d + W), fma(a, load(q + r * padded + d), acc[r][t]));
-        }
+        vf a, b;
+        load_pair(key(t), a, b);
+        UNROLL for (int r = 0; r < R; r++)
+          acc[r][t] = fma(b, load(q + r * padded + d + W), fma(a, load(q + r * padded + d), acc[r][t]));
       }
     };
     int64_t d = 0;
-    for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return rows[t] + d; });
+    for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return keys[j + t] + offset + d; });
     if (d < head_size) {
       T tail[4][2 * W] = {};
-      for (int t = 0; t < 4; t++) memcpy(tail[t], rows[t] + d, (head_size - d) * sizeof(T));
+      for (int t = 0; t < 4; t++) memcpy(tail[t], keys[j + t] + offset + d, (head_size - d) * sizeof(T));
       step(d, [&](int t) { return (const T*)tail[t]; });
     }
     UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
   }
 }
 
-// o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from d on; of the last pair `length` exist.
+// The same with queries and keys in pairs of bf16: one instruction multiplies 2 W elements. n is rounded up to W.
+template <int R, class F>
+void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded,
+                            float* x, F fetch) {
+  for (int64_t j = 0; j < n; j += W) {
+    for (int r = 0; r < R; r++) {
+      fetch((std::min<int64_t>(W, n - j) + r) / R);
+      vf acc[W];
+      UNROLL for (vf& a : acc) a = zero();
+      for (int64_t d = 0; d < head_size; d += 2 * W) {
+        const vi query = load_bits((const bf16*)(q + r * padded) + d);
+        UNROLL for (int t = 0; t < W; t++) acc[t] = dot_bf16(acc[t], query, keys[j + t] + offset + d);
+      }
+      store(x + r * CHUNK + j, sums(acc));
+    }
+  }
+}
+
+// o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from `offset` on; of the last pair `length` exist.
 template <class T, int R, int P, class F>
-INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t* at, int64_t n, const float* x, float* o,
-                                int64_t padded, int64_t length, F fetch) {
+INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t n, const float* x, float* o, int64_t padded,
+                                int64_t length, F fetch) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
   T tail[2 * W] = {};
   for (int64_t j = 0; j < n; j++) {
-    fetch();
-    const T* row = values.row(at[j]) + d;
+    fetch(1);
+    const T* row = values[j] + offset;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
     for (int i = 0; i < P; i++) load_pair(row + 2 * W * i, value[2 * i], value[2 * i + 1]);
@@ -106,34 +135,61 @@ INLINE void decode_values_block(const Heads<T>& values, int64_t d, const int64_t
     for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
 }
 
-template <class T, int R, class F>
-void decode_values(const Heads<T>& values, const int64_t* at, int64_t n, const float* x, float* o, int64_t padded, F fetch) {
+// The same with weights and values in pairs of bf16, P of whole vectors. x[r] holds the weights of the chunk's positions 0,
+// 1, 2 ..., where the keys stand from `skipped` on: a pair is the same one in every step. Elements come in zip's order.
+template <int R, int P, class F>
+INLINE void decode_values_block_in_pairs(const bf16* const* values, int64_t offset, int64_t skipped, int64_t n, const float* x,
+                                         float* o, int64_t padded, F fetch) {
+  vf acc[R][2 * P];
+  for (auto& row : acc)
+    for (vf& a : row) a = zero();
+  auto step = [&](int64_t position, const bf16* first, const bf16* second) INLINE_LAMBDA {
+    vi value[2 * P];
+    for (int i = 0; i < P; i++) zip(load_bits(first + 2 * W * i), load_bits(second + 2 * W * i), value[2 * i], value[2 * i + 1]);
+    for (int r = 0; r < R; r++) {
+      const vi weight = set1_bits(bits_of(x[r * CHUNK + position / 2]));
+      for (int i = 0; i < 2 * P; i++) acc[r][i] = dot_bf16(acc[r][i], weight, value[i]);
+    }
+  };
+  static const bf16 NOTHING[2 * W * P] = {};  // stands in for a pair's other half
+  int64_t j = 0;
+  if (skipped % 2 && n) fetch(1), step(skipped - 1, NOTHING, values[j++] + offset);
+  for (; j + 1 < n; j += 2) {
+    fetch(2);
+    step(skipped + j, values[j] + offset, values[j + 1] + offset);
+  }
+  if (j < n) fetch(1), step(skipped + j, values[j] + offset, NOTHING);
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
+}
+
+// block(P, d, length, fetch) for all elements of a head, as many as the registers hold.
+template <class Block, class F> void decode_values(int64_t size, Block block, F fetch) {
   constexpr int P = W == 16 ? 2 : 1;
-  const int64_t size = values.head_size;
-  auto nothing = [] {};
+  auto nothing = [](int64_t) {};
   int64_t d = 0;
   for (; d + 2 * W * P <= size; d += 2 * W * P) {
-    if (d == 0) decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W, fetch);
-    else decode_values_block<T, R, P>(values, d, at, n, x, o + d, padded, 2 * W, nothing);
+    if (d == 0) block(std::integral_constant<int, P>(), d, 2 * W, fetch);
+    else block(std::integral_constant<int, P>(), d, 2 * W, nothing);
   }
-  for (; d < size; d += 2 * W)
-    decode_values_block<T, R, 1>(values, d, at, n, x, o + d, padded, std::min<int64_t>(2 * W, size - d), nothing);
+  for (; d < size; d += 2 * W) block(std::integral_constant<int, 1>(), d, std::min<int64_t>(2 * W, size - d), nothing);
 }
 
 struct DecodeItem {
   int64_t sequence, chunk;
-  const float* q;  // the sequence's query heads (n_kv_head, n_q * group, padded), as load_pair or dot_bf16 reads keys
+  const float* q;  // the sequence's query heads (n_kv_head, n_q * group, padded), as load_pair reads keys, or bf16
   float* result;   // per key head and row: padded floats, then for each row of a block its maximum and its sum
 };
 
-// Whether queries and keys meet as pairs of bf16 in one instruction; otherwise in float32.
-template <class T> bool in_pairs(const Problem& p, int64_t products) {
+// Whether what is multiplied meets as pairs of bf16 in one instruction, where keys and values are bf16; queries and the
+// weights of the softmax are rounded to it. Otherwise everything is multiplied in float32.
+template <class T> bool in_pairs(int64_t products) {
 #if defined(__AVX512BF16__)
   const bool native = true;
 #else
   const bool native = false;
 #endif
-  return std::is_same_v<T, bf16> && p.q_dtype == BF16 && (products == 2 || (products == 1 && native));
+  return std::is_same_v<T, bf16> && (products == 2 || (products == 1 && native));
 }
 
 // One chunk of keys against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16 at a time for
@@ -153,9 +209,10 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
   const Sequence s(p, item.sequence);
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK, n_heads = last - first;
   const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
-  const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at;
-  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come in fours, the last may reach past
-  memory.resize(n_heads * rows * CHUNK + 4);
+  const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at, size = p.head_size;
+  const Rows<T> keys(p.k, p.k_stride, at, n), values(p.v, p.v_stride, at, n), next_keys(p.k, p.k_stride, later.at, later.n);
+  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come up to W at a time, the last may reach past
+  memory.resize(n_heads * rows * CHUNK + W);
   float* scores = memory.data();
   auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
     for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
@@ -165,37 +222,41 @@ void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* ne
       });
   };
 
-  if (cold) Ahead<T>({p.k, p.k_stride, nullptr, p, first}, at, n, n_heads).all();
-  Ahead<T> values_ahead({p.v, p.v_stride, nullptr, p, first}, at, n, n_heads);
-  Ahead<T> keys_ahead({p.k, p.k_stride, nullptr, p, 0}, later.at, next ? later.n : 0, p.n_kv_head);
+  if (cold) Ahead<T>(keys, n, size, first, last).next(n * n_heads);
+  Ahead<T> values_ahead(values, n, size, first, last), keys_ahead(next_keys, next ? later.n : 0, size, 0, p.n_kv_head);
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t count = std::min<int64_t>(16, n - j);
     for (int64_t head = first; head < last; head++) {
-      const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head);
       for_each_block(head, [&](auto R, int64_t r0, const float* q, float* x, float*) {
-        auto fetch = [&] { if (r0 == 0) values_ahead.next(); };
+        auto fetch = [&](int64_t keys) { if (r0 == 0) values_ahead.next(keys); };
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) return decode_scores<T, R, true>(keys, at + j, count, q, padded, x + skipped + j, fetch);
-        decode_scores<T, R, false>(keys, at + j, count, q, padded, x + skipped + j, fetch);
+          if (pairs) return decode_scores_in_pairs<R>(keys.of + j, head * size, size, count, q, padded, x + skipped + j, fetch);
+        decode_scores<T, R>(keys.of + j, head * size, size, count, q, padded, x + skipped + j, fetch);
       });
     }
   }
   for (int64_t head = first; head < last; head++) {
-    const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, head), values(p.v, p.v_stride, p.v_scale, p, head);
     for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result) {
-      auto fetch = [&] { if (r0 == 0) keys_ahead.next(); };
+      auto fetch = [&](int64_t keys) { if (r0 == 0) keys_ahead.next(keys); };
       for (int r = 0; r < R; r++) {
         float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
-        if (keys.scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= keys.scale_of(at[j]);
+        if (p.k_scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.k_scale[at[j] * p.n_kv_head + head];
         std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
         std::fill(row + skipped + n, row + whole, 0.0f);
         tail[0] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
         tail[1] = weigh(row, whole, tail[0]);
-        if (values.scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= values.scale_of(at[j]);
+        if (p.v_scale)
+          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.v_scale[at[j] * p.n_kv_head + head];
+        if (pairs)
+          for (int64_t j = 0; j < whole; j += W) store((bf16*)row + j, load(row + j));
       }
-      decode_values<T, R>(values, at, n, x + skipped, result, padded, fetch);
+      decode_values(size, [&](auto P, int64_t d, int64_t length, auto fetch) INLINE_LAMBDA {
+        const int64_t offset = head * size + d;
+        if constexpr (std::is_same_v<T, bf16>)
+          if (pairs) return decode_values_block_in_pairs<R, P>(values.of, offset, skipped, n, x, result + d, padded, fetch);
+        decode_values_block<T, R, P>(values.of, offset, n, x + skipped, result + d, padded, length, fetch);
+      }, fetch);
     });
   }
 }
@@ -207,21 +268,19 @@ template <class T> void decode_queries(const Problem& p, const Sequence& s, bool
   for (int64_t head = 0; head < p.n_kv_head; head++)
     for (int64_t r = 0; r < s.n_q * group; r++, to += padded) {
       const int64_t at = (s.first + r / group) * p.q_stride + (head * group + r % group) * p.head_size;
-      if (pairs) std::fill(to, to + padded, 0.0f);
-      if (pairs) memcpy(to, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
-      else
-        for (int64_t d = 0; d < p.head_size; d += 2 * W) {
-          const int64_t length = std::min<int64_t>(2 * W, p.head_size - d);
-          std::fill(plain + length, plain + 2 * W, 0.0f);
-          read_row(plain, p.q, at + d, p.q_dtype, length);
-          to_pair_order<T>(plain, to + d);
-        }
+      for (int64_t d = 0; d < p.head_size; d += 2 * W) {
+        const int64_t length = std::min<int64_t>(2 * W, p.head_size - d);
+        std::fill(plain + length, plain + 2 * W, 0.0f);
+        read_row(plain, p.q, at + d, p.q_dtype, length);
+        if (pairs) store((bf16*)to + d, load(plain)), store((bf16*)to + d + W, load(plain + W));
+        else to_pair_order<T>(plain, to + d);
+      }
     }
 }
 
 // Combines the chunks of one (sequence, query head): `results` of consecutive chunks are `stride` apart.
 template <class T>
-void decode_combine(const Problem& p, const Sequence& s, const float* results, int64_t n_chunks, int64_t stride, int64_t head) {
+void decode_combine(const Problem& p, const Sequence& s, bool pairs, const float* results, int64_t n_chunks, int64_t stride, int64_t head) {
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group;
   std::vector<float> total(2 * padded);
   for (int64_t row = 0; row < rows; row++) {
@@ -238,7 +297,7 @@ void decode_combine(const Problem& p, const Sequence& s, const float* results, i
         store(&total[d], fma(factor, load(value + c * stride + d), load(&total[d])));
     }
     float* plain = &total[padded];
-    for (int64_t d = 0; d < padded; d += 2 * W) from_pair_order<T>(&total[d], plain + d);
+    for (int64_t d = 0; d < padded; d += 2 * W) (pairs ? from_zip_order : from_pair_order<T>)(&total[d], plain + d);
     const int64_t out_row = (s.first + row / group) * p.n_head + head * group + row % group;
     write_row(p.out, out_row * p.head_size, p.q_dtype, plain, 1 / sum, p.head_size);
     if (p.lse) p.lse[out_row] = largest + std::log(sum);
@@ -250,7 +309,7 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
     int64_t sequence, n_chunks, stride;
     size_t q, results;
   };
-  const bool pairs = in_pairs<T>(p, products);
+  const bool pairs = in_pairs<T>(products) && p.head_size % (2 * W) == 0;
   std::vector<Share> shares;
   size_t size = 0, n_items = 0;
   int64_t longest = 0;
@@ -288,7 +347,7 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
   parallel_for(shares.size() * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const Share& share = shares[i / heads];
-      decode_combine<T>(p, Sequence(p, share.sequence), scratch + share.results, share.n_chunks, share.stride, i % heads);
+      decode_combine<T>(p, Sequence(p, share.sequence), pairs, scratch + share.results, share.n_chunks, share.stride, i % heads);
     }
   });
 }
@@ -355,7 +414,7 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
 }
 
 template <class T> void prefill(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
-  const bool pairs = in_pairs<T>(p, products);
+  const bool pairs = in_pairs<T>(products) && p.q_dtype == BF16;
   const int64_t step = std::max<int64_t>(1, TILE_ROWS / p.group());
   std::vector<PrefillItem> items;
   for (int64_t index : sequences) {

@@ -19,7 +19,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")  // so that what is indexed stays in registers
+#define UNROLL _Pragma("GCC unroll 16")  // so that what is indexed stays in registers
 
 // ---------------------------------------------------------------- element types (codes: DTYPE in __init__.py)
 struct bf16 { uint16_t bits; };
@@ -114,7 +114,7 @@ INLINE void interleave(const void* a, const void* b, void* out) {  // 16-bit lan
   vi hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
   store_bits(out, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
 }
-// The four sums of four vectors.
+// The four sums of four vectors; `sums` the W sums of W. zip makes pairs of 16 bits of two vectors' elements.
 INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
   auto halves = [](vf x, vf y) { return add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee)); };
   const vf x = halves(a, c), y = halves(b, d);
@@ -124,6 +124,18 @@ INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
   const __m512i order = _mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(order, s)));
 }
+INLINE vf sums(const vf (&a)[W]) {
+  auto halves = [](vf x, vf y) { return add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee)); };
+  vf s[4];
+  UNROLL for (int i = 0; i < 4; i++) {  // by four lanes a[i], a[i + 4], a[i + 8], a[i + 12]
+    const vf x = halves(a[i], a[i + 4]), y = halves(a[i + 8], a[i + 12]);
+    s[i] = add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  }
+  auto lanes = [](vf x, vf y) { return add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+  const __m512d x = _mm512_castps_pd(lanes(s[0], s[1])), y = _mm512_castps_pd(lanes(s[2], s[3]));
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+INLINE void zip(vi a, vi b, vi& x, vi& y) { x = _mm512_unpacklo_epi16(a, b), y = _mm512_unpackhi_epi16(a, b); }
 INLINE void transpose(vi (&r)[W]) {
   vi t[W];
   for (int i = 0; i < W; i += 2) {
@@ -219,6 +231,7 @@ INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
   __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
+INLINE void zip(vi a, vi b, vi& x, vi& y) { x = _mm256_unpacklo_epi16(a, b), y = _mm256_unpackhi_epi16(a, b); }
 INLINE void transpose(vi (&r)[W]) {
   vi t[W];
   for (int i = 0; i < W; i += 2) {
@@ -299,6 +312,13 @@ INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
   const vf all[4] = {a, b, c, d};
   for (int i = 0; i < 4; i++) out[i] = reduce_add(all[i]);
 }
+INLINE void zip(vi a, vi b, vi& x, vi& y) {
+  for (int i = 0; i < W; i++) {
+    const int word = i / 2, shift = i % 2 * 16;
+    x[i] = (a[word] >> shift & 0xffff) | b[word] >> shift << 16;
+    y[i] = (a[W / 2 + word] >> shift & 0xffff) | b[W / 2 + word] >> shift << 16;
+  }
+}
 INLINE void transpose(vi (&r)[W]) {
   vi t[W];
   for (int i = 0; i < W; i++) t[i] = vi{r[0][i], r[1][i], r[2][i], r[3][i]};
@@ -307,6 +327,14 @@ INLINE void transpose(vi (&r)[W]) {
 #endif
 
 // ---------------------------------------------------------------- what follows is the same for all
+
+#if !SIMD_AVX512
+INLINE vf sums(const vf (&a)[W]) {
+  float out[W];
+  for (int i = 0; i < W; i += 4) sum4(a[i], a[i + 1], a[i + 2], a[i + 3], out + i);
+  return load(out);
+}
+#endif
 
 // The first n < W elements, the other lanes 0; through a buffer, because tails are rare.
 template <class T> INLINE vf load_part(const T* p, int n) {
@@ -360,12 +388,28 @@ template <> INLINE void from_pair_order<bf16>(const float* from, float* to) {
   }
 }
 
+// 2W floats from where zip puts pairs, four by four into one vector and the other.
+INLINE void from_zip_order(const float* from, float* to) {
+  for (int i = 0; i < W; i += 4) memcpy(to + 2 * i, from + i, 16), memcpy(to + 2 * i + 4, from + W + i, 16);
+}
+
 // acc + a.low * b.low + a.high * b.high per 32-bit lane of two bf16: one instruction with AVX512_BF16.
 INLINE vf dot_bf16(vf acc, vi a, vi b) {
 #if defined(__AVX512BF16__)
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 #else
   return fma(high_half(a), high_half(b), fma(low_half(a), low_half(b), acc));
+#endif
+}
+
+// The same with b in memory.
+INLINE vf dot_bf16(vf acc, vi a, const bf16* b) {
+#if defined(__AVX512BF16__)
+  __m512bh bits;
+  memcpy(&bits, b, sizeof bits);
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, bits);
+#else
+  return dot_bf16(acc, a, load_bits(b));
 #endif
 }
 
