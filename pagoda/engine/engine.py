@@ -206,10 +206,11 @@ class Engine:
         prompts = sum(w.n for w in works if w.sequence.cached < w.sequence.n_prompt)
         before = time.perf_counter()
         worn = self.adapters.wear([(w.sequence.group.request.adapter, len(w.tokens)) for w in works])
-        logits = self.runner.run(works, record=not worn)
+        draws = None if worn else self._draws(works)
+        logits = self.runner.run(works, record=not worn, draws=draws)
         model_seconds = time.perf_counter() - before
         with torch.inference_mode():
-            pieces = self._advance(works, rows, logits)
+            pieces = self._advance(works, rows, logits, draws)
         t, seconds = self.timing, time.perf_counter() - start
         t.outside += seconds - model_seconds
         if prompts:
@@ -218,7 +219,16 @@ class Engine:
             t.decode_tokens, t.decode_seconds = t.decode_tokens + sum(w.n for w in works), t.decode_seconds + seconds
         return pieces
 
-    def _advance(self, works: list[Work], rows: list[int], logits: Tensor) -> Pieces:
+    def _draws(self, works: list[Work]) -> list[tuple[float, ...]] | None:
+        """How all choose, if they only decode and choose by the scores as they are: then a step can do it by itself."""
+        for s in (w.sequence for w in works):
+            if self.speculator or not s.decoding or s.chooser.adjusts or s.group.request.sampling.beam_width:
+                return None
+        return [w.sequence.chooser.draw() for w in works]
+
+    def _advance(
+        self, works: list[Work], rows: list[int], logits: Tensor, draws: list[tuple[float, ...]] | None = None
+    ) -> Pieces:
         asks: list[tuple[Sequence, int, list[int]]] = []  # who chooses, from which row on, and the guesses
         pieces: Pieces = []
         beams: dict[Group, list[tuple[Sequence, int]]] = {}
@@ -246,7 +256,7 @@ class Engine:
                 s.group.sequences.append(other)
                 asks.append((other, row, []))
             s.cached -= work.n
-        logprobs = self._choose(asks, logits, chosen)
+        logprobs = self._choose(asks, logits, chosen, draws)
         for work in works:
             if work.drafts:
                 work.n = len(chosen[work.sequence])
@@ -261,7 +271,11 @@ class Engine:
         return pieces
 
     def _choose(
-        self, asks: list[tuple[Sequence, int, list[int]]], logits: Tensor, chosen: dict[Sequence, list[int]]
+        self,
+        asks: list[tuple[Sequence, int, list[int]]],
+        logits: Tensor,
+        chosen: dict[Sequence, list[int]],
+        draws: list[tuple[float, ...]] | None,
     ) -> dict[Sequence, list[TokenLogprob]]:
         """Each one's next token, and those behind it as long as they are what was guessed."""
         told: dict[Sequence, list[TokenLogprob]] = {}
@@ -269,7 +283,7 @@ class Engine:
         while asks:
             rows = [row + place for _, row, _ in asks]
             some = logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=logits.device)]
-            tokens = choose(some, [s.chooser for s, _, _ in asks])
+            tokens = choose(some, [s.chooser for s, _, _ in asks], draws, self.runner.chosen)
             tops = [logprobs_wanted(s) for s, _, _ in asks]
             wanted = [i for i, top in enumerate(tops) if top is not None]
             if wanted:

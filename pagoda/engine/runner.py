@@ -15,6 +15,7 @@ from pagoda.models.batch import Batch, Cache
 from pagoda.models.gpt import GPT
 from pagoda.ops import cpu
 from pagoda.ops.cpu.record import Recording
+from pagoda.ops.sample import sample
 
 RECORDED_BYTES = 2**28  # of all recordings: each keeps the activations of its step
 
@@ -27,17 +28,19 @@ class Runner:
         self.model, self.cache, self.size, self.device = model, cache, cache.page_size, model.device
         self.n_virtual = model.n_virtual
         self.by_length = model.rope is not None and model.rope.by_length
+        self.chosen: list[int] | None = None
         self.decoders: dict[int, Decoder] = {}  # by their rows, the longest unused first
         self.most_recorded = 256  # rows
         if self.device.type == "cuda":  # the memory of all graphs, and the stream that they are recorded on
             self.graphs = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     @torch.inference_mode()
-    def run(self, works: list[Work], record: bool = True) -> Tensor:
-        """Scores (M, vocab_size) of what follows: for each work in turn, behind each of its last `scored` tokens."""
-        n = len(works)
+    def run(self, works: list[Work], record: bool = True, draws: list[tuple[float, ...]] | None = None) -> Tensor:
+        """Scores (M, vocab_size) of what follows: for each work in turn, behind each of its last `scored` tokens. With
+        `draws` (rows of what ops/sample.py takes) a recorded step chooses the next tokens, too, and they are `chosen`."""
+        self.chosen, n = None, len(works)
         if record and n <= self.most_recorded and all(w.n == 1 and w.scored == 1 and not w.drafts for w in works):
-            return self._decode([w.sequence for w in works])
+            return self._decode([w.sequence for w in works], draws)
         pieces = [w.tokens for w in works]
         batch = self.batch([w.sequence for w in works], [len(p) for p in pieces])
         flat = torch.tensor([t for piece in pieces for t in piece], device=self.device)
@@ -77,13 +80,15 @@ class Runner:
         rows = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
         return torch.tensor(rows, dtype=torch.int32, device=self.device) * self.cache.step
 
-    def _decode(self, sequences: list[Sequence]) -> Tensor:
+    def _decode(self, sequences: list[Sequence], draws: list[tuple[float, ...]] | None) -> Tensor:
         rows = recorded_rows(len(sequences))
         decoder = self.decoders.pop(rows, None)
         if decoder is None or not decoder.fits(sequences):
             decoder = Decoder(self, rows, max(len(s.blocks) for s in sequences))
         self.decoders[rows] = decoder
-        logits = decoder(sequences)
+        logits = decoder(sequences, draws)
+        if draws and decoder.chosen is not None:
+            self.chosen = decoder.chosen[: len(sequences)].tolist()
         while sum(d.nbytes for d in self.decoders.values()) > RECORDED_BYTES:
             first = next(iter(self.decoders))
             if len(self.decoders) == 1:  # too large by itself: from now on by Python
@@ -104,16 +109,24 @@ class Decoder:
 
     def __init__(self, runner: Runner, rows: int, n_blocks: int):
         self.runner, self.model, self.rows = runner, runner.model, rows
-        self.nobody = runner.cache.n_pages - 1
-        device = runner.device
+        device, self.step = runner.device, runner.cache.step
+        self.nobody = (runner.cache.n_pages - 1) * self.step
         width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
-        self.numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)  # what every step changes
+        # What every step changes: numpy writes it, PyTorch would take ten times as long.
+        numbers = torch.zeros(3, rows, dtype=torch.int64)
+        self.written = numbers.numpy()
+        self.numbers = numbers.to(device)
         positions, slots, self.tokens = self.numbers
-        table = torch.full((rows, width), self.nobody * runner.cache.step, dtype=torch.int32, device=device)
+        table = torch.full((rows, width), self.nobody, dtype=torch.int32, device=device)
         scaling = torch.ones(rows, dtype=torch.int32, device=device) if runner.by_length else None
         places = dict(cache=runner.cache, slots=slots, block_table=table)
         self.batch = Batch.of([1] * rows, device, scaling_lens=scaling, **places)
         self.batch.positions = positions
+        self.lengths = self.batch.seq_lens.numpy() if device.type == "cpu" else None
+        self.draws = torch.zeros(rows, 5)
+        # A cap on scores is no kernel's work, and a GPU's graph cannot hold a draw.
+        self.chooses = self.lengths is not None and not self.model.config.logit_softcap
+        self.chosen: Tensor | None = None
         self.longest = min(width * runner.size, self.model.config.block_size)
         self.blocks: list[list[int]] = [[] for _ in range(rows)]  # what the table holds
         self.inputs: list[Tensor] | None = None  # the residual stream's start, then the angles' cosines and sines
@@ -126,22 +139,27 @@ class Decoder:
     def fits(self, sequences: list[Sequence]) -> bool:
         return max(len(s.blocks) for s in sequences) <= self.batch.block_table.shape[1]
 
-    def __call__(self, sequences: list[Sequence]) -> Tensor:
+    def __call__(self, sequences: list[Sequence], draws: list[tuple[float, ...]] | None = None) -> Tensor:
         """Scores (S, vocab_size) of what follows each sequence's last token."""
         b, n, idle = self.batch, len(sequences), self.rows - len(sequences)
         past = [self.runner.n_virtual + s.cached for s in sequences]
-        slots = self.runner.slots(sequences, [1] * n, past) + [self.nobody * self.runner.cache.step * self.runner.size] * idle
-        tokens = [s.tokens[-1] for s in sequences] + [0] * idle
-        self.numbers.copy_(torch.tensor([past + [0] * idle, slots, tokens]))
-        torch.add(b.positions, 1, out=b.seq_lens)
+        slots = self.runner.slots(sequences, [1] * n, past) + [self.nobody * self.runner.size] * idle
+        self.written[:] = past + [0] * idle, slots, [s.tokens[-1] for s in sequences] + [0] * idle
+        if self.lengths is not None:
+            self.lengths[:] = self.written[0] + 1
+        else:
+            self.numbers.copy_(torch.from_numpy(self.written))
+            torch.add(b.positions, 1, out=b.seq_lens)
+        if draws:
+            self.draws.numpy()[:n] = draws
         b.max_seq_len = max(past) + 1
         if b.scaling_lens is not None:
             b.scaling_lens.copy_(b.seq_lens)
         for i in range(self.rows):
-            blocks = sequences[i].blocks if i < n else [self.nobody]
+            blocks = sequences[i].blocks if i < n else [self.runner.cache.n_pages - 1]
             if blocks != self.blocks[i]:
                 self.blocks[i] = list(blocks)
-                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32) * self.runner.cache.step
+                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32) * self.step
         if b.positions.is_cpu:
             scores = self._recorded() if cpu.kernels is not None else self._scores()
         else:  # experts are asked for by the numbers of their rows
@@ -150,7 +168,10 @@ class Decoder:
 
     def _scores(self, inputs: tuple | None = None) -> Tensor:
         x, angles = inputs or self._inputs()
-        return self.model.head(self.model.transform(x, self.batch, *angles))
+        scores = self.model.head(self.model.transform(x, self.batch, *angles))
+        if self.chooses:
+            self.chosen = sample(scores, self.draws)
+        return scores
 
     def _inputs(self) -> tuple[Tensor, tuple]:
         return self.model.embed_tokens(self.tokens, self.batch), self.model.angles(self.batch)

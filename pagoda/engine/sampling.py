@@ -91,8 +91,13 @@ class Chooser:
             self.guide.accept(token)
 
 
-def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
-    """The next token of each row (R, vocab_size)."""
+def choose(
+    logits: Tensor,
+    choosers: list[Chooser],
+    draws: list[tuple[float, ...]] | None = None,
+    tokens: list[int] | None = None,
+) -> list[int]:
+    """The next token of each row (R, vocab_size); `draws` and `tokens` where they are known already."""
     scores = logits
     if any(c.adjusts for c in choosers):
         scores = logits.float().cpu()
@@ -100,7 +105,8 @@ def choose(logits: Tensor, choosers: list[Chooser]) -> list[int]:
         for row, c in zip(scores, choosers):
             if c.adjusts:
                 attempt(c, c.adjust, row)
-    tokens = sample(scores, torch.tensor([c.draw() for c in choosers])).tolist()
+    if tokens is None:
+        tokens = sample(scores, torch.tensor(draws or [c.draw() for c in choosers])).tolist()
     for chooser, token in zip(choosers, tokens):
         attempt(chooser, chooser.accept, token)
     return tokens

@@ -27,7 +27,7 @@ class Batch:
     With a cache:
     cache         one entry per layer
     slots         (N,) int64: where each token's key and value are written: page * page_size + offset
-    block_table   (S, max_pages) int32: the pages of each sequence, in order; pages are numbered in steps of `Cache.step`
+    block_table   (S, max_pages) int32: the pages of each sequence, in order, numbered in steps of `Cache.step`
     With a prefix before the sequences (peft/virtual.py):
     virtual       the keys and values that its tokens bring along
     """
@@ -112,7 +112,7 @@ class PagedKV:
 
 @dataclass
 class PagedKVCache:
-    """Keys and values of one layer, page p at p * `Cache.step` of (pages, page_size, n_kv_head, head_size); int8 ones with
+    """Keys and values of one layer: (pages, page_size, n_kv_head, head_size), page p at p * `Cache.step`. int8 ones with
     float32 scales."""
 
     k: Tensor
