@@ -199,12 +199,12 @@ def greedy(model, prompts: list[torch.Tensor], n: int, page_size: int = 16, chun
     changes its factors, a sequence is computed again from its start, as transformers does.
     """
     n_pages = [-(-(len(p) + n) // page_size) for p in prompts]
-    cache = Cache(model.cache_specs(), sum(n_pages), page_size, model.embed.weight.dtype, torch.device("cpu"))
-    order = (torch.randperm(sum(n_pages), generator=torch.Generator().manual_seed(2)) * cache.step).tolist()
+    order = torch.randperm(sum(n_pages), generator=torch.Generator().manual_seed(2)).tolist()
     pages = [[order.pop() for _ in range(k)] for k in n_pages]
     table = torch.zeros(len(prompts), max(n_pages), dtype=torch.int32)
     for s, own in enumerate(pages):
         table[s, : len(own)] = torch.tensor(own)
+    cache = Cache(model.cache_specs(), sum(n_pages), page_size, model.embed.weight.dtype, torch.device("cpu"))
 
     tokens, done = [p.tolist() for p in prompts], [0] * len(prompts)
     while True:

@@ -206,7 +206,7 @@ class Engine:
         prompts = sum(w.n for w in works if w.sequence.cached < w.sequence.n_prompt)
         before = time.perf_counter()
         worn = self.adapters.wear([(w.sequence.group.request.adapter, len(w.tokens)) for w in works])
-        draws = None if worn else self._draws(works)
+        draws = None if worn or self.speculator is not None else self._draws(works)
         logits = self.runner.run(works, record=not worn, draws=draws)
         model_seconds = time.perf_counter() - before
         with torch.inference_mode():
@@ -222,7 +222,7 @@ class Engine:
     def _draws(self, works: list[Work]) -> list[tuple[float, ...]] | None:
         """How all choose, if they only decode and choose by the scores as they are: then a step can do it by itself."""
         for s in (w.sequence for w in works):
-            if self.speculator or not s.decoding or s.chooser.adjusts or s.group.request.sampling.beam_width:
+            if not s.decoding or s.chooser.adjusts or s.group.request.sampling.beam_width:
                 return None
         return [w.sequence.chooser.draw() for w in works]
 

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: list[Work], record: bool = True, draws: list[tuple[float, ...]] | None = None) -> Tensor:
         """Scores (M, vocab_size) of what follows: for each work in turn, behind each of its last `scored` tokens. With
-        `draws` (rows of what ops/sample.py takes) a recorded step chooses the next tokens, too, and they are `chosen`."""
+        `draws` (rows of what ops/sample.py takes) a recorded step chooses the next tokens, too: they are `chosen`."""
         self.chosen, n = None, len(works)
         if record and n <= self.most_recorded and all(w.n == 1 and w.scored == 1 and not w.drafts for w in works):
             return self._decode([w.sequence for w in works], draws)
@@ -68,9 +69,9 @@ class Runner:
 
     def slots(self, sequences: list[Sequence], lengths: list[int], past: list[int]) -> list[int]:
         """Where the next tokens of each sequence go in the cache."""
-        size, step = self.size, self.size * self.cache.step
+        size = self.size
         return [
-            s.blocks[p // size] * step + p % size
+            s.blocks[p // size] * size + p % size
             for s, n, first in zip(sequences, lengths, past)
             for p in range(first, first + n)
         ]
@@ -78,7 +79,7 @@ class Runner:
     def table(self, sequences: list[Sequence]) -> Tensor:
         width = max(len(s.blocks) for s in sequences)
         rows = [s.blocks + [0] * (width - len(s.blocks)) for s in sequences]
-        return torch.tensor(rows, dtype=torch.int32, device=self.device) * self.cache.step
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
 
     def _decode(self, sequences: list[Sequence], draws: list[tuple[float, ...]] | None) -> Tensor:
         rows = recorded_rows(len(sequences))
@@ -109,10 +110,9 @@ class Decoder:
 
     def __init__(self, runner: Runner, rows: int, n_blocks: int):
         self.runner, self.model, self.rows = runner, runner.model, rows
-        device, self.step = runner.device, runner.cache.step
-        self.nobody = (runner.cache.n_pages - 1) * self.step
+        device, self.nobody = runner.device, runner.cache.n_pages - 1
         width = max(4, 2 * n_blocks) if device.type == "cpu" else n_blocks + 1  # room to grow
-        # What every step changes: numpy writes it, PyTorch would take ten times as long.
+        # What every step changes, written through numpy: PyTorch would take longer.
         numbers = torch.zeros(3, rows, dtype=torch.int64)
         self.written = numbers.numpy()
         self.numbers = numbers.to(device)
@@ -125,7 +125,7 @@ class Decoder:
         self.lengths = self.batch.seq_lens.numpy() if device.type == "cpu" else None
         self.draws = torch.zeros(rows, 5)
         # A cap on scores is no kernel's work, and a GPU's graph cannot hold a draw.
-        self.chooses = self.lengths is not None and not self.model.config.logit_softcap
+        self.chooses = cpu.usable(self.numbers) and not self.model.config.logit_softcap
         self.chosen: Tensor | None = None
         self.longest = min(width * runner.size, self.model.config.block_size)
         self.blocks: list[list[int]] = [[] for _ in range(rows)]  # what the table holds
@@ -150,16 +150,16 @@ class Decoder:
         else:
             self.numbers.copy_(torch.from_numpy(self.written))
             torch.add(b.positions, 1, out=b.seq_lens)
-        if draws:
-            self.draws.numpy()[:n] = draws
+        with np.errstate(over="ignore"):  # a huge temperature is infinite
+            self.draws.numpy()[:n] = draws or 0
         b.max_seq_len = max(past) + 1
         if b.scaling_lens is not None:
             b.scaling_lens.copy_(b.seq_lens)
         for i in range(self.rows):
-            blocks = sequences[i].blocks if i < n else [self.runner.cache.n_pages - 1]
+            blocks = sequences[i].blocks if i < n else [self.nobody]
             if blocks != self.blocks[i]:
                 self.blocks[i] = list(blocks)
-                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32) * self.step
+                b.block_table[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         if b.positions.is_cpu:
             scores = self._recorded() if cpu.kernels is not None else self._scores()
         else:  # experts are asked for by the numbers of their rows

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pagoda.common import PagodaError, use_huge_pages
+from pagoda.common import PagodaError
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Batch:
     With a cache:
     cache         one entry per layer
     slots         (N,) int64: where each token's key and value are written: page * page_size + offset
-    block_table   (S, max_pages) int32: the pages of each sequence, in order, numbered in steps of `Cache.step`
+    block_table   (S, max_pages) int32: the pages of each sequence, in order
     With a prefix before the sequences (peft/virtual.py):
     virtual       the keys and values that its tokens bring along
     """
@@ -91,18 +91,12 @@ class PagedKV:
     n_kv_head: int
     head_size: int
 
-    def allocate(
-        self, layers: int, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> list[PagedKVCache]:
-        """For so many layers, a page's keys and values side by side: page p of each is number p * 2 * layers there."""
-        shape = (n_pages * 2 * layers, page_size, self.n_kv_head, self.head_size)
-        pages = torch.empty(shape, dtype=dtype, device=device)
-        parts = [pages]
-        if dtype == torch.int8:
-            parts.append(torch.empty(shape[:3], dtype=torch.float32, device=device))
-        for part in parts if device.type == "cpu" else []:
-            use_huge_pages(part.data_ptr(), part.nbytes)
-        return [PagedKVCache(*(part[2 * i + j :] for part in parts for j in range(2))) for i in range(layers)]
+    def allocate(self, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
+        shape = (n_pages, page_size, self.n_kv_head, self.head_size)
+        k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if dtype != torch.int8:
+            return PagedKVCache(k, v)
+        return PagedKVCache(k, v, *(torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(2)))
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of keys and values, scales included."""
@@ -112,8 +106,7 @@ class PagedKV:
 
 @dataclass
 class PagedKVCache:
-    """Keys and values of one layer: (pages, page_size, n_kv_head, head_size), page p at p * `Cache.step`. int8 ones with
-    float32 scales."""
+    """Keys and values of one layer: (n_pages, page_size, n_kv_head, head_size); int8 ones with float32 scales."""
 
     k: Tensor
     v: Tensor
@@ -128,20 +121,12 @@ class PagedKVCache:
 
 
 class Cache:
-    """The memory of all layers, as each declares it (`cache_spec`). Who owns which page is the engine's business.
-
-    A page holds the keys and values of all layers for page_size tokens, in one piece of memory, so that few of the
-    system's pages, of 2 MB, are touched however short a sequence is. `step`: page p of a layer is number p * step."""
+    """The memory of all layers, as each declares it (`cache_spec`). Who owns which page is the engine's business."""
 
     def __init__(self, specs: list[PagedKV], n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         self.page_size, self.n_pages = page_size, n_pages
-        alike = len(set(specs)) == 1
-        self.step = 2 * len(specs) if alike else 2
         try:
-            if alike:
-                self.layers = specs[0].allocate(len(specs), n_pages, page_size, dtype, device)
-            else:
-                self.layers = [spec.allocate(1, n_pages, page_size, dtype, device)[0] for spec in specs]
+            self.layers = [spec.allocate(n_pages, page_size, dtype, device) for spec in specs]
         except RuntimeError as e:  # torch's allocators raise it when memory runs out
             gib = n_pages * sum(s.page_bytes(page_size, dtype) for s in specs) / 2**30
             raise PagodaError(f"no memory for a key/value cache of {gib:.1f} GiB: ask for a shorter context") from e
@@ -149,4 +134,4 @@ class Cache:
     def copy(self, source: int, target: int) -> None:
         """One page onto another, in every layer."""
         for layer in self.layers:
-            layer.copy(source * self.step, target * self.step)
+            layer.copy(source, target)

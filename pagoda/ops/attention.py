@@ -5,7 +5,8 @@ the sequences of the stream. On a GPU PyTorch's flash attention (Dao 2023) compu
 float16 without a soft cap or ALiBi; a decode step does not wait for the device, whichever way it goes. On a CPU
 ops/cpu/attention.cpp computes it, and attention_backward.cpp its gradients (those of a cache excepted): there the bits
 of a row's result depend neither on the rest of the batch nor on the number of threads. They do depend on whether at
-most 8 queries of its sequence came in this step (decode) or more (prefill), in the last places.
+most 8 queries of its sequence came in this step (decode) or more (prefill), in the last places. Over bf16 pages a
+decode step multiplies pairs of bf16 where the CPU does, of float32 queries too; docs/kernels.md says what that costs.
 """
 
 import torch

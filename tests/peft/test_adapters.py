@@ -195,8 +195,8 @@ def test_a_prompt_that_goes_in_by_chunks_meets_its_virtual_tokens_once(base, wor
     model = worn(base, "llama", word)
     ids = tiny.prompt(12)
     cache = Cache(model.cache_specs(), 2, 16, torch.float32, torch.device("cpu"))
-    table, n = torch.tensor([[cache.step, 0]], dtype=torch.int32), model.n_virtual
-    slots = torch.tensor([(16 * cache.step, 0)[p // 16] + p % 16 for p in range(n, n + 12)])
+    table, n = torch.tensor([[1, 0]], dtype=torch.int32), model.n_virtual
+    slots = torch.tensor([(16, 0)[p // 16] + p % 16 for p in range(n, n + 12)])
     with torch.no_grad():
         parts = [
             model(ids[a:b], Batch.of([b - a], past=[n + a], cache=cache, slots=slots[a:b], block_table=table))

@@ -6,7 +6,8 @@
 // decode (at most DECODE_QUERIES queries). Bound: memory, n_keys x 2 x head_size x the cache element's size per key
 //   head. The keys are cut at multiples of CHUNK positions. A thread takes (sequence, chunk, key head) items, reads
 //   each key and value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row;
-//   these are combined in the order of the chunks.
+//   these are combined in the order of the chunks. Keys and values of bf16 are multiplied in pairs where the CPU does
+//   that, queries and weights rounded to bf16; otherwise in float32.
 // prefill (more queries). Bound: multiplications, 4 x head_size per query head and visible key. A thread takes
 //   (sequence, key head, tile of queries) items and goes through tiles of KEYS keys: the keys are packed transposed, the
 //   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
