@@ -446,3 +446,27 @@ def test_recorded_steps_choose_what_python_chooses(more, from_tokens):
     assert not plain.runner.decoders
     assert len(decoders) == 2
     assert all(d.recording.complete and (d.inputs is None) == from_tokens for d in decoders)
+
+
+@needs_kernels
+def test_recorded_steps_draw_what_python_draws(model):
+    """A step draws by itself while nobody's scores are adjusted: the second request's penalty ends before the others."""
+    requests = [
+        Request([5, 6, 7], Sampling(temperature=0.9, top_p=0.9, seed=3, max_new_tokens=20)),
+        Request([5, 6], Sampling(temperature=1.2, seed=4, repetition_penalty=1.3, max_new_tokens=6)),
+        Request([8], Sampling(temperature=1.5, top_k=9, min_p=0.01, seed=5, max_new_tokens=20)),
+    ]
+    recorded, plain, drawn = engine_of(model), engine_of(model), []
+    plain.runner.most_recorded = 0
+    run = recorded.runner.run
+
+    def watched(works, **options):
+        scores = run(works, **options)
+        drawn.append(recorded.runner.chosen is not None)
+        return scores
+
+    recorded.runner.run = watched
+    assert [a[0] for a in answers(recorded, requests)] == [a[0] for a in answers(plain, requests)]
+    assert not drawn[1]
+    assert drawn[-1]
+    assert sum(drawn) >= 10
