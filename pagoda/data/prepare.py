@@ -66,7 +66,7 @@ def prepare(
             save_tokenizer(tokenizer or character_tokenizer(all_documents(units, reading)), out)
             record = {"job": job, "units": 0, "skipped": [], "splits": {}}
             write_json(out / "progress.json", record)
-        return write_set(out, units, record, reading, options, tokenizer or load_tokenizer(out / "tokenizer"))
+        return write_set(out, units, record, Worker(tokenizer or load_tokenizer(out / "tokenizer"), reading, options))
     except OSError as error:
         if error.filename and not str(error.filename).startswith(str(out)):
             raise
@@ -117,21 +117,13 @@ def write_json(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
 
 
-def write_set(
-    out: Path,
-    units: list[Unit],
-    record: dict[str, Any],
-    reading: Reading,
-    options: Preparation,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
+def write_set(out: Path, units: list[Unit], record: dict[str, Any], mine: Worker) -> dict[str, Any]:
     """Tokenize the units that `record` says are missing, then write the manifest."""
-    dtype = token_dtype(tokenizer.vocab_size)
+    shard_tokens, tokenizer = mine.options.shard_tokens, mine.tokenizer
     writers = {
-        split: ShardWriter(out, split, dtype, options.shard_tokens, record["splits"].get(split)) for split in SPLITS
+        split: ShardWriter(out, split, mine.dtype, shard_tokens, record["splits"].get(split)) for split in SPLITS
     }
-    worker = Worker(tokenizer, reading, options)
-    with tokenized(units[record["units"] :], worker, out / "tokenizer") as results:
+    with tokenized(units[record["units"] :], mine, out / "tokenizer") as results:
         for result in progress(results, "tokenizing", len(units), record["units"]):
             for split, writer in writers.items():
                 writer.append(*result.splits[split])
@@ -145,7 +137,7 @@ def write_set(
     manifest = {
         "format": FORMAT,
         "job": record["job"],
-        "dtype": dtype.str,
+        "dtype": mine.dtype.str,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "tokenizer": tokenizer.fingerprint,
