@@ -450,7 +450,7 @@ def test_recorded_steps_choose_what_python_chooses(more, from_tokens):
 
 @needs_kernels
 def test_recorded_steps_draw_what_python_draws(model):
-    """A step draws by itself while nobody's scores are adjusted: the second request's penalty ends before the others."""
+    """A step draws by itself while nobody's scores are adjusted: the request with a penalty ends before the others."""
     requests = [
         Request([5, 6, 7], Sampling(temperature=0.9, top_p=0.9, seed=3, max_new_tokens=20)),
         Request([5, 6], Sampling(temperature=1.2, seed=4, repetition_penalty=1.3, max_new_tokens=6)),
