@@ -276,7 +276,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, cu_seqlens, alibi, out, lse = ctx.saved_tensors
         n, n_head, head_size = q.shape
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        scratch = torch.empty(2, n, n_head, head_size)
+        scratch = torch.empty(2, n, n_head, head_size) if k.shape[1] != n_head else None
         grad = grad.contiguous()
         tensors = cpu.pointers(dq, dk, dv, scratch, grad, out, lse, q, k, v, cu_seqlens, alibi)
         sizes = cu_seqlens.shape[0] - 1, n_head, k.shape[1], head_size, q.stride(0), k.stride(0), v.stride(0)

@@ -360,20 +360,20 @@ struct PrefillItem { int64_t sequence, head, first, n; };  // queries first .. f
 template <class Cell, class T> void prefill_tile(const Problem& p, const PrefillItem& item) {
   const Sequence s(p, item.sequence);
   const int64_t group = p.group(), padded = p.padded(), rows = item.n * group, depth = padded / Cell::PER_CELL;
-  const int64_t all_rows = (rows + MR * W - 1) / (MR * W) * (MR * W);  // those behind the last are never read
+  const int64_t all_rows = (rows + STRIP - 1) / STRIP * STRIP;  // those behind the last are never read
   static thread_local std::vector<float> scratch;
-  const size_t size = all_rows * (depth + 2 * KEYS + padded + 3) + KEYS * 2 * padded;
+  const size_t size = all_rows * (depth + padded + 2) + KEYS * 2 * padded + STRIP * (2 * KEYS + 1);
   if (scratch.size() < size) scratch.resize(size);
-  float *q = scratch.data(), *k = q + all_rows * depth, *v = k + KEYS * depth, *x = v + KEYS / Cell::PER_CELL * padded;
-  float *pairs = x + all_rows * KEYS, *o = pairs + all_rows * KEYS / 2, *largest = o + all_rows * padded;
-  float *sums = largest + all_rows, *shrinks = sums + all_rows;
+  float *q = scratch.data(), *k = q + all_rows * depth, *v = k + KEYS * depth, *o = v + KEYS / Cell::PER_CELL * padded;
+  float *largest = o + all_rows * padded, *sums = largest + all_rows;
+  float *x = sums + all_rows, *pairs = x + STRIP * KEYS, *shrinks = pairs + STRIP * KEYS;  // of a strip
 #if MATRIX_UNIT
   const MatrixUnit unit(UNIT_ROWS, 16);
 #endif
   std::fill(q, q + all_rows * depth, 0.0f);
-  std::fill(pairs, largest, 0.0f);
+  std::fill(o, largest, 0.0f);
   std::fill(largest, sums, -INF);
-  std::fill(sums, shrinks + all_rows, 0.0f);
+  std::fill(sums, shrinks + STRIP, 0.0f);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t at = (s.first + item.first + r / group) * p.q_stride + (item.head * group + r % group) * p.head_size;
     if (Cell::PER_CELL == 2) memcpy(q + r * depth, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
@@ -388,24 +388,27 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
     s.locate(begin, end, at);
     pack_keys(TileRows<Cell, T>{keys, at, begin - start, end - start}, padded, k);
     pack_values(TileRows<Cell, T>{values, at, begin - start, end - start}, padded, v);
-
-    product<Cell>(q, depth, k, KEYS, all_rows, KEYS, depth, x, KEYS, false);
-    for (int64_t r = 0; r < rows; r++) {
-      shrinks[r] = largest[r];
-      largest[r] = score(s, x + r * KEYS, KEYS, start, item.first + r / group, item.head * group + r % group, largest[r]);
-    }
-    for (int64_t r = 0; r < all_rows; r += W) store(shrinks + r, shrink(load(shrinks + r), load(largest + r)));
-    for (int64_t r = 0; r < rows; r++) {
-      sums[r] = sums[r] * shrinks[r] + weigh(x + r * KEYS, KEYS, largest[r]);
-      if (shrinks[r] != 1) {
-        const vf factor = set1(shrinks[r]);
-        for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), factor));
+    for (int64_t first = 0; first < rows; first += STRIP) {
+      const int64_t n = std::min(STRIP, rows - first), seen = s.seen(item.first + (first + n - 1) / group, start);
+      if (!seen) continue;
+      product<Cell>(q + first * depth, depth, k, KEYS, STRIP, seen, depth, x, KEYS, false);
+      for (int64_t i = 0, r = first; i < n; i++, r++) {
+        shrinks[i] = largest[r];
+        largest[r] = score(s, x + i * KEYS, seen, start, item.first + r / group, item.head * group + r % group, largest[r]);
       }
-      if (Cell::PER_CELL == 2)
-        for (int64_t j = 0; j < KEYS; j += W) store((bf16*)(pairs + r * KEYS / 2) + j, load(x + r * KEYS + j));
+      for (int64_t i = 0; i < STRIP; i += W) store(shrinks + i, shrink(load(shrinks + i), load(largest + first + i)));
+      for (int64_t i = 0, r = first; i < n; i++, r++) {
+        sums[r] = sums[r] * shrinks[i] + weigh(x + i * KEYS, seen, largest[r]);
+        if (shrinks[i] != 1) {
+          const vf factor = set1(shrinks[i]);
+          for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), factor));
+        }
+        if (Cell::PER_CELL == 2)
+          for (int64_t j = 0; j < seen; j += W) store((bf16*)(pairs + i * KEYS / 2) + j, load(x + i * KEYS + j));
+      }
+      product<Cell>(Cell::PER_CELL == 2 ? pairs : x, KEYS / Cell::PER_CELL, v, padded, STRIP, padded, seen / Cell::PER_CELL,
+                    o + first * padded, padded, true);
     }
-    product<Cell>(Cell::PER_CELL == 2 ? pairs : x, KEYS / Cell::PER_CELL, v, padded, all_rows, padded, KEYS / Cell::PER_CELL,
-                  o, padded, true);
   }
   for (int64_t r = 0; r < rows; r++) {
     const int64_t row = (s.first + item.first + r / group) * p.n_head + item.head * group + r % group;

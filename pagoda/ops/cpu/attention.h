@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int MR = W == 16 ? 6 : 4, NV = W == 16 ? 4 : 2;  // rows and vectors of a product that fit in the registers
+constexpr int MR = W == 16 ? 8 : 4, NV = 2;  // rows and vectors of a product in registers; MR divides a strip
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 struct Problem {
@@ -39,6 +39,8 @@ struct Sequence {  // one sequence of the stream
   // Query sees keys low .. high - 1.
   int64_t low(int64_t query) const { return p.window ? std::max<int64_t>(0, position(query) - p.window + 1) : 0; }
   int64_t high(int64_t query) const { return p.causal ? position(query) + 1 : n_k; }
+  // How many of the tile's keys, from `start` on, a strip of queries has to look at, whose last this is.
+  int64_t seen(int64_t query, int64_t start) const;
 
   // The rows of k and v (counted in tokens) where keys from .. to - 1 stand.
   void locate(int64_t from, int64_t to, int64_t* rows) const {
@@ -87,30 +89,17 @@ void write_row(ptr to, int64_t at, int64_t dtype, const float* from, float facto
 INLINE float score(const Sequence& s, float* x, int64_t n, int64_t start, int64_t query, int64_t head, float before) {
   static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Problem& p = s.p;
-  const vf scale = set1(p.scale);
-  vf largest = set1(before);
-  if (p.softcap || p.alibi) {
-    const vf cap = set1(p.softcap), slope = set1(p.alibi ? p.alibi[head] : 0);
-    for (int64_t i = 0; i < n; i += W) {
-      vf a = mul(load(x + i), scale);
-      if (p.softcap) a = mul(cap, tanh(div(a, cap)));
-      if (p.alibi) a = fma(slope, add(load(LANE), set1(float(start + i - s.position(query)))), a);
-      store(x + i, a);
-      largest = max(a, largest);
-    }
-  } else {
-    for (int64_t i = 0; i < n; i += W) {
-      vf a = mul(load(x + i), scale);
-      store(x + i, a);
-      largest = max(a, largest);
-    }
-  }
   const int64_t low = s.low(query) - start, high = s.high(query) - start;
-  if (low > 0 || high < n) {
-    for (int64_t i = 0; i < std::min(low, n); i++) x[i] = -INF;
-    for (int64_t i = std::max<int64_t>(high, 0); i < n; i++) x[i] = -INF;
-    largest = set1(before);
-    for (int64_t i = 0; i < n; i += W) largest = max(load(x + i), largest);
+  const vf scale = set1(p.scale), cap = set1(p.softcap), slope = set1(p.alibi ? p.alibi[head] : 0), hidden = set1(-INF);
+  vf largest = set1(before);
+  for (int64_t i = 0; i < n; i += W) {
+    vf a = mul(load(x + i), scale);
+    if (p.softcap) a = mul(cap, tanh(div(a, cap)));
+    if (p.alibi) a = fma(slope, add(load(LANE), set1(float(start + i - s.position(query)))), a);
+    if (i < low) a = where_less(load(LANE), set1(float(low - i)), hidden, a);
+    if (i + W > high) a = where_less(load(LANE), set1(float(high - i)), a, hidden);
+    store(x + i, a);
+    largest = max(a, largest);
   }
   return reduce_max(largest);
 }
@@ -183,6 +172,15 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
 }
 
 constexpr int64_t KEYS = 64;  // rows of a tile that is packed
+#if MATRIX_UNIT
+constexpr int64_t STRIP = 32;
+#else
+constexpr int64_t STRIP = 16;  // rows of a tile of queries that are multiplied together, with no more keys than they see
+#endif
+
+inline int64_t Sequence::seen(int64_t query, int64_t start) const {
+  return std::clamp<int64_t>((high(query) - start + STRIP - 1) / STRIP * STRIP, 0, KEYS);
+}
 
 // The keys or values of a tile as vectors: row(t, d) gives W cells of key t from cell d on, zeros past the ends.
 template <class Cell, class T> struct TileRows {

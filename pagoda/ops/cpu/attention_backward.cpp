@@ -16,14 +16,11 @@
 namespace {
 
 constexpr int64_t TILE = KEYS;  // queries and keys of a tile
-constexpr int ROWS = W == 16 ? 8 : 4, VECTORS = 2;  // of a product in registers: divisors of a tile
 
-template <class Cell, bool TRANSPOSED = false>
-void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t columns, int64_t depth, float* c, int64_t ldc, bool accumulate) {
-  product<Cell, TRANSPOSED, ROWS, VECTORS>(a, lda, b, ldb, TILE, columns, depth, c, ldc, accumulate);
-}
-
-struct Gradients { ptr dq, dout; float *dk, *dv; };  // dk, dv: (rows, n_head, head_size) float32
+struct Gradients {
+  ptr dq, dk, dv, dout;
+  float *heads_dk, *heads_dv;  // (rows, n_head, head_size), where query heads share key heads
+};
 
 // Rows of `columns` floats transposed: (rows, columns) to (columns, rows). Both are multiples of W.
 void transpose_rows(const float* from, int64_t rows, int64_t columns, float* to) {
@@ -36,16 +33,17 @@ void transpose_rows(const float* from, int64_t rows, int64_t columns, float* to)
     }
 }
 
-// S and dP of queries i .. i + rows - 1 and the keys of a tile, (tile, tile), become P and dS; rows behind become 0.
-void weights_and_slopes(const Sequence& s, int64_t head, int64_t i, int64_t rows, int64_t start, int64_t tile, const float* delta,
+// S and dP of a strip of queries, of which `rows` from i on exist, and the keys of a tile that they see, (STRIP, TILE),
+// become P and dS; rows behind become 0.
+void weights_and_slopes(const Sequence& s, int64_t head, int64_t i, int64_t rows, int64_t start, int64_t seen, const float* delta,
                         float* x, float* dx) {
   const Problem& p = s.p;
   const vf scale = set1(p.scale), inverse_cap = set1(p.softcap ? 1 / p.softcap : 0), one = set1(1);
   for (int64_t r = 0; r < rows; r++) {
-    float *weight = x + r * tile, *grad = dx + r * tile;
-    score(s, weight, tile, start, i + r, head, -INF);
+    float *weight = x + r * TILE, *grad = dx + r * TILE;
+    score(s, weight, seen, start, i + r, head, -INF);
     const vf lse = set1(p.lse[(s.first + i + r) * p.n_head + head]), mean = set1(delta[i + r]);
-    for (int64_t j = 0; j < tile; j += W) {
+    for (int64_t j = 0; j < seen; j += W) {
       const vf a = load(weight + j), w = exp(sub(a, lse));
       vf g = mul(mul(w, sub(load(grad + j), mean)), scale);
       if (p.softcap) {  // hidden keys have -infinity for a score: their slope is that of the cap's lower end, 0
@@ -56,16 +54,34 @@ void weights_and_slopes(const Sequence& s, int64_t head, int64_t i, int64_t rows
       store(grad + j, g);
     }
   }
-  std::fill(x + rows * tile, x + tile * tile, 0.0f);
-  std::fill(dx + rows * tile, dx + tile * tile, 0.0f);
+  std::fill(x + rows * TILE, x + STRIP * TILE, 0.0f);
+  std::fill(dx + rows * TILE, dx + STRIP * TILE, 0.0f);
+}
+
+// What a tile of queries sees of a tile of keys: f(first, rows, seen) for its strips.
+template <class F> INLINE void for_strips(const Sequence& s, int64_t i, int64_t start, F f) {
+  for (int64_t first = 0, rows = std::min(TILE, s.n_q - i); first < rows; first += STRIP) {
+    const int64_t n = std::min(STRIP, rows - first), seen = s.seen(i + first + n - 1, start);
+    if (seen) f(first, n, seen);
+  }
+}
+
+// The same from the other side: f(key, first, n) for strips of keys, which queries first .. first + n - 1 see.
+template <class F> INLINE void for_key_strips(const Sequence& s, int64_t i, int64_t start, F f) {
+  const int64_t rows = std::min(TILE, s.n_q - i), end = (rows + STRIP - 1) / STRIP * STRIP;
+  for (int64_t key = 0, first = 0; key < TILE; key += STRIP) {
+    while (first < end && s.seen(i + std::min(first + STRIP, rows) - 1, start) <= key) first += STRIP;
+    if (first < end) f(key, first, end - first);
+  }
 }
 
 // Where a tile of keys leaves its gradients: dk and dv (n, padded).
 void leave(const Problem& p, const Gradients& to, int64_t head, int64_t first, int64_t n, const float* dk, const float* dv) {
+  const bool whole = p.group() == 1;
   for (int64_t t = 0; t < n; t++) {
-    const int64_t row = ((first + t) * p.n_head + head) * p.head_size;
-    memcpy(to.dk + row, dk + t * p.padded(), p.head_size * sizeof(float));
-    memcpy(to.dv + row, dv + t * p.padded(), p.head_size * sizeof(float));
+    const int64_t row = ((first + t) * p.n_head + head) * p.head_size, dtype = whole ? p.q_dtype : F32;
+    write_row(whole ? to.dk : (ptr)to.heads_dk, row, dtype, dk + t * p.padded(), 1, p.head_size);
+    write_row(whole ? to.dv : (ptr)to.heads_dv, row, dtype, dv + t * p.padded(), 1, p.head_size);
   }
 }
 
@@ -104,12 +120,19 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
     for (int64_t i = 0; i < s.n_q; i += TILE) {
       const int64_t rows = std::min(TILE, s.n_q - i);
       if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
-      multiply<Float32>(q + i * padded, padded, kt, TILE, TILE, padded, x, TILE, false);
-      multiply<Float32>(go + i * padded, padded, vt, TILE, TILE, padded, dx, TILE, false);
-      weights_and_slopes(s, head, i, rows, start, TILE, delta, x, dx);
-      multiply<Float32, true>(x, TILE, go + i * padded, padded, padded, TILE, dv, padded, true);
-      multiply<Float32, true>(dx, TILE, q + i * padded, padded, padded, TILE, dk, padded, true);
-      multiply<Float32>(dx, TILE, k, padded, padded, TILE, dq + i * padded, padded, true);
+      for_strips(s, i, start, [&](int64_t first, int64_t n, int64_t seen) {
+        const int64_t row = (i + first) * padded;
+        float *strip = x + first * TILE, *slopes = dx + first * TILE;
+        product<Float32>(q + row, padded, kt, TILE, STRIP, seen, padded, strip, TILE, false);
+        product<Float32>(go + row, padded, vt, TILE, STRIP, seen, padded, slopes, TILE, false);
+        weights_and_slopes(s, head, i + first, n, start, seen, delta, strip, slopes);
+        product<Float32>(slopes, TILE, k, padded, STRIP, padded, seen, dq + row, padded, true);
+      });
+      for_key_strips(s, i, start, [&](int64_t key, int64_t first, int64_t n) {
+        const int64_t row = (i + first) * padded, at = first * TILE + key;
+        product<Float32, true>(x + at, TILE, go + row, padded, STRIP, padded, n, dv + key * padded, padded, true);
+        product<Float32, true>(dx + at, TILE, q + row, padded, STRIP, padded, n, dk + key * padded, padded, true);
+      });
     }
     leave(p, to, head, s.first + start, n, dk, dv);
   }
@@ -118,10 +141,10 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
 }
 
 #if defined(__AVX512BF16__)
-// (TILE, TILE) floats as bf16, and transposed.
-void round_tile(const float* from, bf16* plain, bf16* transposed) {
-  for (int64_t r = 0; r < TILE; r += W)
-    for (int64_t c = 0; c < TILE; c += W) {
+// (STRIP, columns) floats of rows of TILE as bf16, and transposed.
+void round_strip(const float* from, int64_t columns, bf16* plain, bf16* transposed) {
+  for (int64_t r = 0; r < STRIP; r += W)
+    for (int64_t c = 0; c < columns; c += W) {
       vi block[W];
       for (int i = 0; i < W; i++) {
         const vf row = load(from + (r + i) * TILE + c);
@@ -139,12 +162,12 @@ void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence
   const int64_t d = p.head_size, padded = p.padded(), depth = padded / 2, all = (s.n_q + TILE - 1) / TILE * TILE;
   const int64_t kv_head = head / p.group(), tile = TILE * depth;  // cells of a tile of rows
   static thread_local std::vector<float> memory;
-  const size_t size = all * (4 * depth + padded + 1) + 3 * tile + 2 * TILE * padded + 5 * TILE * TILE;
+  const size_t size = all * (4 * depth + padded + 1) + 3 * tile + 2 * TILE * padded + 3 * STRIP * TILE + TILE * TILE;
   if (memory.size() < size) memory.resize(size);
   float *q = memory.data(), *go = q + all * depth, *q_pairs = go + all * depth, *go_pairs = q_pairs + all * depth;
   float *dq = go_pairs + all * depth, *delta = dq + all * padded, *kt = delta + all, *vt = kt + tile, *k_pairs = vt + tile;
-  float *dk = k_pairs + tile, *dv = dk + TILE * padded, *x = dv + TILE * padded, *dx = x + TILE * TILE;
-  bf16 *xt = (bf16*)(dx + TILE * TILE), *dxt = xt + TILE * TILE, *dx_rows = dxt + TILE * TILE;
+  float *dk = k_pairs + tile, *dv = dk + TILE * padded, *x = dv + TILE * padded, *dx = x + STRIP * TILE;
+  bf16 *xt = (bf16*)(dx + STRIP * TILE), *dxt = xt + TILE * TILE, *dx_rows = dxt + TILE * TILE;
   using Rows = TileRows<PairsOfBf16, bf16>;
   const Heads<bf16> queries(p.q, p.q_stride, nullptr, p, head), grads(to.dout, p.n_head * d, nullptr, p, head);
   const Heads<bf16> outs(p.out, p.n_head * d, nullptr, p, head), keys(p.k, p.k_stride, nullptr, p, kv_head);
@@ -180,14 +203,20 @@ void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence
     for (int64_t i = 0; i < s.n_q; i += TILE) {
       const int64_t rows = std::min(TILE, s.n_q - i);
       if (s.high(i + rows - 1) <= start || s.low(i) >= start + n) continue;
-      multiply<PairsOfBf16>(q + i * depth, depth, kt, TILE, TILE, depth, x, TILE, false);
-      multiply<PairsOfBf16>(go + i * depth, depth, vt, TILE, TILE, depth, dx, TILE, false);
-      weights_and_slopes(s, head, i, rows, start, TILE, delta, x, dx);
-      round_tile(x, nullptr, xt);
-      round_tile(dx, dx_rows, dxt);
-      multiply<PairsOfBf16>((float*)xt, TILE / 2, go_pairs + i * depth, padded, padded, TILE / 2, dv, padded, true);
-      multiply<PairsOfBf16>((float*)dxt, TILE / 2, q_pairs + i * depth, padded, padded, TILE / 2, dk, padded, true);
-      multiply<PairsOfBf16>((float*)dx_rows, TILE / 2, k_pairs, padded, padded, TILE / 2, dq + i * padded, padded, true);
+      for_strips(s, i, start, [&](int64_t first, int64_t n, int64_t seen) {
+        const int64_t row = (i + first) * depth;
+        product<PairsOfBf16>(q + row, depth, kt, TILE, STRIP, seen, depth, x, TILE, false);
+        product<PairsOfBf16>(go + row, depth, vt, TILE, STRIP, seen, depth, dx, TILE, false);
+        weights_and_slopes(s, head, i + first, n, start, seen, delta, x, dx);
+        round_strip(x, seen, nullptr, xt + first);
+        round_strip(dx, seen, dx_rows, dxt + first);
+        product<PairsOfBf16>((float*)dx_rows, TILE / 2, k_pairs, padded, STRIP, padded, seen / 2, dq + (i + first) * padded, padded, true);
+      });
+      for_key_strips(s, i, start, [&](int64_t key, int64_t first, int64_t n) {
+        const int64_t row = (i + first) * depth, at = key * TILE + first;
+        product<PairsOfBf16>((float*)(xt + at), TILE / 2, go_pairs + row, padded, STRIP, padded, n / 2, dv + key * padded, padded, true);
+        product<PairsOfBf16>((float*)(dxt + at), TILE / 2, q_pairs + row, padded, STRIP, padded, n / 2, dk + key * padded, padded, true);
+      });
     }
     leave(p, to, head, s.first + start, n, dk, dv);
   }
@@ -198,7 +227,8 @@ void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence
 
 }  // namespace
 
-// dq, dk, dv, dout and out are dense, all of one dtype; scratch is (2, rows, n_head, head_size) float32.
+// dq, dk, dv, dout and out are dense, all of one dtype; scratch is (2, rows, n_head, head_size) float32, or 0 where no
+// heads share a key head.
 void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, ptr lse, ptr q, ptr k, ptr v,
                         ptr cu_seqlens, ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size,
                         int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t causal,
@@ -207,7 +237,7 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
                   (float*)lse, n_seq, n_head, n_kv_head, head_size, 0, 0, q_stride, k_stride, v_stride, dtype, dtype,
                   causal, window, float(scale), float(softcap)};
   const int64_t rows = p.cu_seqlens[n_seq], size = n_head * head_size, group = p.group();
-  const Gradients to{dq, dout, (float*)scratch, (float*)scratch + rows * size};
+  const Gradients to{dq, dk, dv, dout, (float*)scratch, (float*)scratch + rows * size};
   std::vector<int64_t> longest_first(n_seq);
   for (int64_t s = 0; s < n_seq; s++) longest_first[s] = s;
   std::stable_sort(longest_first.begin(), longest_first.end(),
@@ -217,10 +247,11 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
   if (dtype == BF16) head = backward_head_pairs;
 #endif
   parallel_dynamic(n_seq * n_head, [&](int64_t i) { head(p, to, longest_first[i / n_head], i % n_head); });
+  if (group == 1) return;
   parallel_for(rows * n_kv_head, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(head_size);
     for (int64_t i = begin; i < end; i++)
-      for (auto [from, result] : {std::pair{to.dk, dk}, std::pair{to.dv, dv}}) {
+      for (auto [from, result] : {std::pair{to.heads_dk, dk}, std::pair{to.heads_dv, dv}}) {
         from += i * group * head_size;
         for (int64_t j = 0; j < head_size; j++) sum[j] = from[j];
         for (int64_t h = 1; h < group; h++)
