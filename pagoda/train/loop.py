@@ -21,8 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from pagoda.common import PagodaError, keep_heap, trim_heap
 from pagoda.data.shards import Rows
 from pagoda.models.gpt import GPT
-from pagoda.ops.clip import norm_of, scale_
 from pagoda.ops.loss import LARGE
+from pagoda.ops.optim import norm_of, scale_
 from pagoda.peft import adapter
 from pagoda.train.objective import Objective, Source
 from pagoda.train.options import Train

@@ -1,6 +1,6 @@
 """The optimizers: AdamW, 8-bit AdamW, Lion, Adafactor, Muon, and what memory each needs.
 
-`make_optimizer` sorts the parameters into groups and returns a `torch.optim.Optimizer`. AdamW is PyTorch's fused one.
+`make_optimizer` sorts the parameters into groups and returns a `torch.optim.Optimizer`. AdamW is PyTorch's fused one, on a CPU by a kernel.
 The others are written here as plain loops over parameters, piece by piece, so that a step needs next to no memory of
 its own. They count in float32 whatever the parameters are, know FSDP2's sharded parameters (DTensors cut by rows), and
 keep nothing but tensors in their state, each cut like its parameter: a checkpoint loads at another world size.
@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from pagoda.common import PagodaError, one_of
 from pagoda.ops import cpu
+from pagoda.ops.optim import Adam, adamw_, adamw_takes
 
 CHUNK = 2**18  # elements that a step works on at once: its temporaries stay in the processor's cache
 BLOCK = 256  # elements that share a scale in 8-bit states
@@ -231,10 +232,27 @@ def adam_update(p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict) -> 
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, fused: one pass over memory; states have the parameter's dtype."""
+    """PyTorch's, fused: one pass over memory; states have the parameter's dtype. On a CPU our kernel does the same for
+    all parameters at once."""
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, fused=True, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        lists = [[self.tensors_of(p, group) for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if not all(adamw_takes(tensors) for tensors in lists):
+            super().step(closure)
+            return
+        for tensors, group in zip(lists, self.param_groups):
+            adamw_(tensors, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+    def tensors_of(self, p: Tensor, group: dict) -> Adam:
+        state = self.state[p]
+        if not state:
+            state.update(self.new_state(p, group))
+        average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        return local(p.detach()), local(p.grad), average, square, state["step"]
 
     @staticmethod
     def new_state(p: Tensor, group: dict) -> dict[str, Tensor]:

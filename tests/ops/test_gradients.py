@@ -10,10 +10,10 @@ from test_kernels import close, exact_attention, exact_rotary, strided
 from pagoda.ops import cpu, recompute
 from pagoda.ops.activations import ACTIVATIONS, activation, gated
 from pagoda.ops.attention import attention
-from pagoda.ops.clip import norm_of, scale_
 from pagoda.ops.formats import FORMATS, pack
 from pagoda.ops.linear import linear
 from pagoda.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from pagoda.ops.optim import adamw_, adamw_takes, norm_of, scale_
 from pagoda.ops.rotary import rotary
 
 SHAPES = [(4, 4, 64), (9, 3, 64), (8, 1, 32), (6, 2, 80), (3, 3, 7)]
@@ -261,3 +261,38 @@ def test_the_norm_of_gradients_and_their_scaling(path, two_threads, dtype):
     assert norm_of(tensors) == float("inf")
     tensors[4][100, 3] = float("nan")
     assert norm_of(tensors) != norm_of(tensors)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_adamw_is_torchs_in_float64(path, two_threads, dtype):
+    """Also that the threads make no difference, and that each parameter counts its own steps."""
+    options = dict(lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    start = [torch.randn(s, generator=torch.Generator().manual_seed(3)).to(dtype) for s in [(), (0,), (5,), (129, 257)]]
+    exact = [p.double().requires_grad_() for p in start]
+    optimizer = torch.optim.AdamW(exact, **options)
+
+    def own() -> list:
+        return [(p.clone(), torch.empty_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in start]
+
+    ours, alone = own(), own()
+    if path == "reference":
+        assert not adamw_takes(ours)
+        return
+    for step in range(3):
+        trained = range(step % 2, 4)  # the first is left out of a step
+        for i in trained:
+            ours[i][1].copy_(torch.randn(start[i].shape, generator=torch.Generator().manual_seed(step)))
+            alone[i][1].copy_(ours[i][1])
+            exact[i].grad = ours[i][1].double()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            assert adamw_takes([ours[i] for i in trained])
+            for threads, tensors in ((2, ours), (1, alone)):
+                torch.set_num_threads(threads)
+                adamw_([tensors[i] for i in trained], **options)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
+    for p, mine, other in zip(exact, ours, alone):
+        torch.testing.assert_close(mine[0].double(), p.detach(), rtol=tolerance, atol=tolerance)
+        assert torch.equal(mine[0], other[0])
+    assert [int(t[4]) for t in ours] == [2, 3, 3, 3]

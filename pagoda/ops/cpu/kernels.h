@@ -20,8 +20,6 @@ std::vector<Span> share_of_weights(const std::vector<ptr>& weights, int64_t me, 
 
 // norm.cpp
 void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype);
-void square_sum(ptr sum, ptr x, int64_t n, int64_t dtype);  // added to *sum, a float64
-void scale(ptr x, int64_t n, int64_t dtype, double factor);
 void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
               int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset);
 void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_t rows, int64_t n, int64_t x_stride,
@@ -60,6 +58,13 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
 void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n, int64_t dtype, int64_t ignore,
                    double softcap, double z_loss);
 
+// optim.cpp. Lists of tensors, of n elements each.
+void square_sum(ptr sum, std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype);  // added to *sum, a float64
+void scale(std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype, double factor);
+void adamw(std::vector<ptr> x, std::vector<ptr> grad, std::vector<ptr> average, std::vector<ptr> square,
+           std::vector<ptr> step, std::vector<int64_t> n, int64_t dtype, double lr, double beta1, double beta2, double eps,
+           double decay);
+
 // sample.cpp
 void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_t stride, int64_t dtype);
 
@@ -70,8 +75,6 @@ void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_
   X(rows) \
   X(dequantize) \
   X(add) \
-  X(square_sum) \
-  X(scale) \
   X(rms_norm) \
   X(layer_norm) \
   X(rms_norm_backward) \
@@ -83,4 +86,7 @@ void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_
   X(attention) \
   X(attention_backward) \
   X(cross_entropy) \
+  X(square_sum) \
+  X(scale) \
+  X(adamw) \
   X(sample)

@@ -4,8 +4,6 @@
 // size; it stays in the L1 cache between the two passes. Sums are taken in W lanes, in the row's order, so a row's
 // result depends on nothing but the row.
 #include <array>
-#include <numeric>
-#include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -63,36 +61,6 @@ void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype) {
     using T = decltype(type);
     parallel_for(n, GRAIN, [=](int64_t begin, int64_t end) {
       residual((T*)out + begin, (const T*)x + begin, (const T*)delta + begin, end - begin);
-    });
-  });
-}
-
-// Blocks of GRAIN elements add up in lanes, and blocks in their order: the threads make no difference.
-void square_sum(ptr sum, ptr x, int64_t n, int64_t dtype) {
-  std::vector<double> of_block((n + GRAIN - 1) / GRAIN);
-  with_float_type(dtype, [&](auto type) {
-    auto from = (const decltype(type)*)x;
-    parallel_for(of_block.size(), 2, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b++) {
-        vf squares = zero();
-        for_each_vector(std::min(GRAIN, n - b * GRAIN), [&](int64_t i, auto load, auto) {
-          const vf a = load(from + b * GRAIN + i);
-          squares = fma(a, a, squares);
-        });
-        of_block[b] = reduce_add(squares);
-      }
-    });
-  });
-  *(double*)sum += std::accumulate(of_block.begin(), of_block.end(), 0.0);
-}
-
-void scale(ptr x, int64_t n, int64_t dtype, double factor) {
-  with_float_type(dtype, [&](auto type) {
-    auto at = (decltype(type)*)x;
-    parallel_for(n, GRAIN, [=](int64_t begin, int64_t end) {
-      for_each_vector(end - begin, [&](int64_t i, auto load, auto store) {
-        store(at + begin + i, mul(load(at + begin + i), set1(float(factor))));
-      });
     });
   });
 }

@@ -70,6 +70,7 @@ INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a
 INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf absolute(vf a) { return _mm512_abs_ps(a); }
+INLINE vf square_root(vf a) { return _mm512_sqrt_ps(a); }
 INLINE vf nearest(vf a) { return _mm512_roundscale_ps(a, 8); }
 INLINE vf copysign(vf magnitude, vf sign) {
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(0x7fffffff), _mm512_castps_si512(magnitude),
@@ -173,6 +174,7 @@ INLINE vf fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vf absolute(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+INLINE vf square_root(vf a) { return _mm256_sqrt_ps(a); }
 INLINE vf nearest(vf a) { return _mm256_round_ps(a, 8); }
 INLINE vf copysign(vf magnitude, vf sign) {
   vf bit = _mm256_set1_ps(-0.0f);
@@ -269,6 +271,7 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 INLINE vf fnma(vf a, vf b, vf c) { return fma(-a, b, c); }
+INLINE vf square_root(vf a) { return lanes([&](int i) { return std::sqrt(a[i]); }); }
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 INLINE vf max(vf a, vf b) { return select((vi)(a > b), a, b); }
 INLINE vf min(vf a, vf b) { return select((vi)(a < b), a, b); }
