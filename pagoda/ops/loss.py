@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         hidden, weight, targets, bias = ctx.saved_tensors
-        scored = upstream[targets != IGNORE]
+        scored = upstream[:1] if upstream.stride(0) == 0 else upstream[targets != IGNORE]  # one number for all, or not
         factor = float(scored[0]) if len(scored) else 1.0
         grads, ctx.grads = ctx.grads, None
         if grads is None or not bool((scored == factor).all()):  # a second way back, or tokens that weigh differently
@@ -112,11 +112,12 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
         _softmax(losses[rows], d, targets[rows], softcap, z_loss)
         if upstream is not None:
             d *= upstream[rows, None]
-        d_h = 0.0
+        d_h = None
         for block in _blocks(h, weight):
             part = d[:, block].to(dtype)
             if d_hidden is not None:
-                d_h = d_h + linear_transposed(part, weight if isinstance(weight, PackedWeight) else weight[block])
+                back = linear_transposed(part, weight if isinstance(weight, PackedWeight) else weight[block])
+                d_h = back if d_h is None else d_h + back
             if d_weight is not None:
                 _add_product(d_weight[block], part.T, h.to(dtype), 0 if once else 1)
             if d_bias is not None:

@@ -111,22 +111,20 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total, grad):
         x, weight = ctx.saved_tensors
-        (eps, offset), block = ctx.options, 32
+        eps, offset = ctx.options
         grad = grad.contiguous()
         grad_total = grad_total.contiguous() if ctx.fused else None
         dx = torch.empty_like(grad)
         x, n_rows, stride = cpu.rows(x)
-        shape = -(-n_rows // block), x.shape[-1]  # sums over blocks of rows, so that threads do not meet
-        sums = [torch.empty(shape) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
+        d_weight, d_bias = (torch.empty_like(weight) if wanted else None for wanted in ctx.needs_input_grad[2:4])
         layout = n_rows, x.shape[-1], stride, cpu.DTYPE[x.dtype], cpu.DTYPE[weight.dtype]
         if offset is None:
-            tensors = cpu.pointers(dx, *sums, grad, grad_total, x, weight)
-            cpu.kernels.layer_norm_backward(*tensors, *layout, eps, block)
+            tensors = cpu.pointers(dx, d_weight, d_bias, grad, grad_total, x, weight)
+            cpu.kernels.layer_norm_backward(*tensors, *layout, eps)
+            d_bias = None if d_bias is None else d_bias.to(ctx.bias_dtype)
         else:
-            tensors = cpu.pointers(dx, sums[0], grad, grad_total, x, weight)
-            cpu.kernels.rms_norm_backward(*tensors, *layout, eps, offset, block)
-        dtypes = weight.dtype, ctx.bias_dtype
-        d_weight, d_bias = (None if s is None else s.sum(0).to(dtype) for s, dtype in zip(sums, dtypes))
+            tensors = cpu.pointers(dx, d_weight, grad, grad_total, x, weight)
+            cpu.kernels.rms_norm_backward(*tensors, *layout, eps, offset)
         return dx, dx if ctx.fused else None, d_weight, d_bias, None, None
 
 

@@ -25,9 +25,9 @@ void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int6
 void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_t rows, int64_t n, int64_t x_stride,
                 int64_t delta_stride, int64_t dtype, int64_t weight_dtype, double eps);
 void rms_norm_backward(ptr dx, ptr dweight, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
-                       int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset, int64_t block);
+                       int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset);
 void layer_norm_backward(ptr dx, ptr dweight, ptr dbias, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
-                         int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, int64_t block);
+                         int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps);
 
 // activations.cpp
 void gated(ptr out, ptr gate, ptr up, int64_t rows, int64_t n, int64_t gate_stride, int64_t up_stride, int64_t dtype,

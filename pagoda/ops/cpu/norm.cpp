@@ -4,6 +4,7 @@
 // size; it stays in the L1 cache between the two passes. Sums are taken in W lanes, in the row's order, so a row's
 // result depends on nothing but the row.
 #include <array>
+#include <memory>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -12,6 +13,7 @@
 namespace {
 
 constexpr int64_t GRAIN = 1 << 14;  // elements that are worth a thread
+constexpr int64_t BLOCK = 32;       // rows whose share in the gradient of a weight one thread adds up
 
 // The row that is normed: x, or x + delta rounded to T as the model's residual stream holds it, written to sum.
 template <class T> INLINE const T* residual(T* sum, const T* x, const T* delta, int64_t n) {
@@ -29,27 +31,40 @@ void over_rows(ptr out, ptr sum, ptr x, ptr delta, int64_t rows, int64_t n, int6
   });
 }
 
-// f(dx, dy, dsum, x, weight, sums) for every row; sums are the float32 rows for its block of rows.
+// f(dx, dy, dsum, x, weight, sums) for every row; sums are the float32 rows for its block of rows, which add up to the
+// gradients of weight (and bias): the bits do not depend on the number of threads.
 template <size_t N, class F>
-void backward_over_rows(ptr dx, const ptr (&sums)[N], ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
-                        int64_t x_stride, int64_t dtype, int64_t weight_dtype, int64_t block, F f) {
+void backward_over_rows(ptr dx, const ptr (&gradients)[N], ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
+                        int64_t x_stride, int64_t dtype, int64_t weight_dtype, F f) {
+  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  const std::unique_ptr<float[]> memory(new float[N * blocks * n]);
   std::array<float*, N> first;
-  for (size_t i = 0; i < N; i++) first[i] = (float*)sums[i];
+  for (size_t i = 0; i < N; i++) first[i] = gradients[i] ? memory.get() + i * blocks * n : nullptr;
   with_float_type(dtype, [&](auto type) {
     with_float_type(weight_dtype, [&](auto weight_type) {
       using T = decltype(type);
-      parallel_for((rows + block - 1) / block, GRAIN / (n * block + 1) + 1, [=](int64_t begin, int64_t end) {
-        for (int64_t r = begin * block; r < std::min(end * block, rows); r++) {
+      using Weight = decltype(weight_type);
+      parallel_for(blocks, GRAIN / (n * BLOCK + 1) + 1, [=](int64_t begin, int64_t end) {
+        for (int64_t r = begin * BLOCK; r < std::min(end * BLOCK, rows); r++) {
           std::array<float*, N> sum = first;
           for (float*& to : sum) {
             if (!to) continue;
-            to += r / block * n;
-            if (r % block == 0) std::fill(to, to + n, 0.0f);
+            to += r / BLOCK * n;
+            if (r % BLOCK == 0) std::fill(to, to + n, 0.0f);
           }
           f((T*)dx + r * n, (const T*)dy + r * n, dsum ? (const T*)dsum + r * n : nullptr, (const T*)x + r * x_stride,
-            (const decltype(weight_type)*)weight, sum);
+            (const Weight*)weight, sum);
         }
       });
+      for (size_t k = 0; k < N; k++)
+        if (first[k])
+          parallel_for(n, GRAIN / (blocks + 1) + 1, [=](int64_t begin, int64_t end) {
+            for_each_vector(end - begin, [&](int64_t i, auto load, auto store) {
+              vf total = zero();
+              for (int64_t b = 0; b < blocks; b++) total = add(total, load(first[k] + b * n + begin + i));
+              store((Weight*)gradients[k] + begin + i, total);
+            });
+          });
     });
   });
 }
@@ -119,13 +134,12 @@ void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_
   });
 }
 
-// dx = dsum + the gradient through the norm, where dsum (or 0) is what else reaches x. The gradients of weight and bias
-// (0: not wanted) add up over `block` consecutive rows, and stand in row after row of (rows / block, n) float32: the
-// caller sums these, and the bits do not depend on the number of threads.
+// dx = dsum + the gradient through the norm, where dsum (or 0) is what else reaches x; dweight and dbias (0: not wanted)
+// are of weight's type.
 void rms_norm_backward(ptr dx, ptr dweight, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
-                       int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset, int64_t block) {
+                       int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, double offset) {
   const vf shift = set1(float(offset));
-  backward_over_rows(dx, {dweight}, dy, dsum, x, weight, rows, n, x_stride, dtype, weight_dtype, block,
+  backward_over_rows(dx, {dweight}, dy, dsum, x, weight, rows, n, x_stride, dtype, weight_dtype,
                      [=](auto* d, const auto* g, const auto* more, const auto* a, const auto* w, auto partial) {
     vf squares = zero(), products = zero();
     for_each_vector(n, [&](int64_t i, auto load, auto) {
@@ -144,8 +158,8 @@ void rms_norm_backward(ptr dx, ptr dweight, ptr dy, ptr dsum, ptr x, ptr weight,
 }
 
 void layer_norm_backward(ptr dx, ptr dweight, ptr dbias, ptr dy, ptr dsum, ptr x, ptr weight, int64_t rows, int64_t n,
-                         int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps, int64_t block) {
-  backward_over_rows(dx, {dweight, dbias}, dy, dsum, x, weight, rows, n, x_stride, dtype, weight_dtype, block,
+                         int64_t x_stride, int64_t dtype, int64_t weight_dtype, double eps) {
+  backward_over_rows(dx, {dweight, dbias}, dy, dsum, x, weight, rows, n, x_stride, dtype, weight_dtype,
                      [=](auto* d, const auto* g, const auto* more, const auto* a, const auto* w, auto partial) {
     vf total = zero();
     for_each_vector(n, [&](int64_t i, auto load, auto) { total = add(total, load(a + i)); });
