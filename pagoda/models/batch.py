@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +50,11 @@ class Batch:
     ) -> Batch:
         """From the number of new tokens of each sequence and of those before them (`past`, none by default)."""
         past = past or [0] * len(lengths)
-        totals = [n + p for n, p in zip(lengths, past)]
-        positions = [torch.arange(p, t) for p, t in zip(past, totals)]
+        totals, bounds = [n + p for n, p in zip(lengths, past)], [0, *accumulate(lengths)]
+        before = np.repeat([p - start for p, start in zip(past, bounds)], lengths).astype(np.int64)
         return cls(
-            positions=(torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)).to(device),
-            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            positions=torch.from_numpy(before + np.arange(bounds[-1])).to(device),
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
             seq_lens=torch.tensor(totals, dtype=torch.int32, device=device),
             max_seqlen=max(lengths, default=0),
             max_seq_len=max(totals, default=0),
