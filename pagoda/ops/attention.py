@@ -55,7 +55,10 @@ def attention(
             q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, block_table, seq_lens, k_scale, v_scale
         )
     if block_table is None and _kernel_trains(q, k, v, cu_seqlens) and not (softcap and alibi is not None):
-        return _Attention.apply(q, k, v, cu_seqlens, scale, causal, window, softcap, alibi)
+        alibi = None if alibi is None else alibi.float().contiguous()
+        run = _compiled if torch.compiler.is_compiling() else _Attention.apply
+        out = run(q, k, v, cu_seqlens, alibi, scale, causal, window, softcap)
+        return out[0] if torch.compiler.is_compiling() else out
     if alibi is None and not softcap and _flash_takes(q, k):
         return _flash(q, k, v, cu_seqlens, max_seqlen, scale, causal, window, block_table, seq_lens)
     if block_table is not None and max_seqlen == 1 and len(q) == len(seq_lens) and not q.is_cpu:
@@ -231,7 +234,8 @@ def _kernel_takes(q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale) 
 
 
 def _kernel_trains(q, k, v, cu_seqlens) -> bool:
-    return cpu.trains(q) and q.dtype in cpu.FLOATS and q.dtype == k.dtype == v.dtype and cu_seqlens.dtype == torch.int32
+    takes = cpu.trains(q) or (torch.compiler.is_compiling() and cpu.kernels is not None and q.is_cpu)
+    return takes and q.dtype in cpu.FLOATS and q.dtype == k.dtype == v.dtype and cu_seqlens.dtype == torch.int32
 
 
 def _kernel(
@@ -257,28 +261,71 @@ def _kernel(
     return out
 
 
-class _Attention(torch.autograd.Function):
-    """The kernel and its way back. Kept: what goes in and out, and the log-sum-exp of each row of scores."""
+# The same under gradients: kept is what goes in and out, and the log-sum-exp of each row of scores.
 
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, alibi: Tensor | None,
+    scale: float, causal: bool, window: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, log-sum-exp (N, n_head) float32)."""
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return _kernel(q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, lse=lse), lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, alibi: Tensor | None, out: Tensor, lse: Tensor,
+    scale: float, causal: bool, window: int, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v."""
+    q, k, v, grad = cpu.heads(q), cpu.heads(k), cpu.heads(v), grad.contiguous()
+    n, n_head, head_size = q.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    scratch = torch.empty(2, n, n_head, head_size) if k.shape[1] != n_head else None
+    tensors = cpu.pointers(dq, dk, dv, scratch, grad, out, lse, q, k, v, cu_seqlens, alibi)
+    sizes = cu_seqlens.shape[0] - 1, n_head, k.shape[1], head_size, q.stride(0), k.stride(0), v.stride(0)
+    cpu.kernels.attention_backward(*tensors, *sizes, cpu.DTYPE[q.dtype], causal, window, scale, softcap)
+    return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, scale, causal, window, softcap, alibi):
+    def forward(ctx, q, k, v, cu_seqlens, alibi, *options):
         q, k, v = cpu.heads(q), cpu.heads(k), cpu.heads(v)
-        alibi = None if alibi is None else alibi.float().contiguous()
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        out = _kernel(q, k, v, cu_seqlens, scale, causal, window, softcap, alibi, lse=lse)
+        out, lse = _forward(q, k, v, cu_seqlens, alibi, *options)
         ctx.save_for_backward(q, k, v, cu_seqlens, alibi, out, lse)
-        ctx.options = causal, window, scale, softcap
+        ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, cu_seqlens, alibi, out, lse = ctx.saved_tensors
-        n, n_head, head_size = q.shape
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        scratch = torch.empty(2, n, n_head, head_size) if k.shape[1] != n_head else None
-        grad = grad.contiguous()
-        tensors = cpu.pointers(dq, dk, dv, scratch, grad, out, lse, q, k, v, cu_seqlens, alibi)
-        sizes = cu_seqlens.shape[0] - 1, n_head, k.shape[1], head_size, q.stride(0), k.stride(0), v.stride(0)
-        cpu.kernels.attention_backward(*tensors, *sizes, cpu.DTYPE[q.dtype], *ctx.options)
-        return dq, dk, dv, None, None, None, None, None, None
+        return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+
+
+# And as operations that torch.compile takes as they are. It would see pointers to no memory.
+
+_compiled = torch.library.custom_op("pagoda::attention", _forward, mutates_args=())
+_compiled_backward = torch.library.custom_op("pagoda::attention_backward", _backward, mutates_args=())
+
+
+@_compiled.register_fake
+def _(q, k, v, *_):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_compiled_backward.register_fake
+def _(grad, q, k, v, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.options = inputs[5:]
+
+
+def _way_back(ctx, grad, _):
+    return *_compiled_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+
+
+_compiled.register_autograd(_way_back, setup_context=_keep)
