@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_kernels import close, exact_attention, exact_rotary, strided
+from torch._dynamo.backends.debugging import aot_eager
 
 from pagoda.ops import cpu, recompute
 from pagoda.ops.activations import ACTIVATIONS, activation, gated
@@ -230,7 +231,7 @@ def test_gradient_through_a_packed_weight(path, format, dtype):
 
 
 def test_traced_operations_are_the_references(path):
-    """What torch.compile sees: the same numbers, and no pointers."""
+    """What torch.compile sees of all but attention: the same numbers, and no pointers."""
 
     def layer(x, weight, up):
         x, h = add_rms_norm(x, linear(x, up), weight, 1e-5)
@@ -240,6 +241,26 @@ def test_traced_operations_are_the_references(path):
 
     inputs = [torch.randn(6, 16), torch.rand(16), torch.randn(16, 16)]
     check(torch.compile(layer, backend="aot_eager", fullgraph=True), layer, *inputs, slack=5)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 37, "softcap": 0.7}, {"alibi": SLOPES, "causal": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traced_attention(path, dtype, options):
+    """There the kernels are operations of their own, both ways."""
+    bounds, options = [0, 90, 95, 222], {"scale": 0.2, **options}
+    q, k, v = (strided(222, n, 48, dtype=dtype) for n in (4, 2, 2))
+    offsets = torch.tensor(bounds, dtype=torch.int32)
+    ours = lambda *x: attention(*x, cu_seqlens=offsets, max_seqlen=127, **options)  # noqa: E731
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    whole = path != "reference"  # that asks for the sequences' lengths, one by one
+    check(torch.compile(ours, backend=backend, fullgraph=whole), exact_stream(bounds, **options), q, k, v, slack=3)
+    assert any("pagoda.attention" in target for target in seen) == (path != "reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -272,7 +293,9 @@ def test_adamw_is_torchs_in_float64(path, two_threads, dtype):
     optimizer = torch.optim.AdamW(exact, **options)
 
     def own() -> list:
-        return [(p.clone(), torch.empty_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in start]
+        return [
+            (p.clone(), torch.empty_like(p), torch.zeros_like(p), torch.zeros_like(p), torch.zeros(())) for p in start
+        ]
 
     ours, alone = own(), own()
     if path == "reference":
