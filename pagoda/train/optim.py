@@ -1,10 +1,10 @@
 """The optimizers: AdamW, 8-bit AdamW, Lion, Adafactor, Muon, and what memory each needs.
 
 `make_optimizer` sorts the parameters into groups and returns a `torch.optim.Optimizer`. AdamW is PyTorch's fused one,
-on a CPU our kernel. The others are written here as plain loops over parameters, piece by piece, so that a step needs next
-to no memory of its own. They count in float32 whatever the parameters are, know FSDP2's sharded parameters (DTensors
-cut by rows), and keep nothing but tensors in their state, each cut like its parameter: a checkpoint loads at another
-world size.
+on a CPU our kernel. The others are written here as plain loops over parameters, piece by piece, so that a step needs
+next to no memory of its own. They count in float32 whatever the parameters are, know FSDP2's sharded parameters
+(DTensors cut by rows), and keep nothing but tensors in their state, each cut like its parameter: a checkpoint loads at
+another world size.
 
 Weight decay goes to everything with rows and columns (embeddings and head too, as in nanoGPT and transformers), not to
 norms, biases and other vectors. The rate of a group is `group["lr_scale"] * schedule(step)`: the loop sets it.
