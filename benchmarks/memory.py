@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FULL = {
     "bf16": "--train.precision bf16",
+    "bf16, compiled": "--train.precision bf16 --train.compile",
     "mixed": "--train.precision mixed",
     "float32": "--train.precision float32",
     "bf16, adamw8bit": "--train.precision bf16 --optimizer adamw8bit",

@@ -174,6 +174,9 @@ def kept_bytes(model: GPT, optimizer: str, o: Train, device: torch.device, dress
         dress(model)
     elif o.precision == "mixed":
         model.compute_dtype = torch.bfloat16
+    if o.compile:
+        for block in model.layers:
+            block.compile()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
