@@ -212,12 +212,13 @@ def documented(schema: dict[str, Any]) -> dict[str, Any]:
     text = {"type": "string"}
     error = {"type": "object", "required": ["message", "type"], "properties": {"message": text, "type": text}}
     shape = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": text}}  # of a stream, each
     for path, methods in schema["paths"].items():
         for method in methods.values():
             answers = method["responses"]
             answers.pop("422", None)
             if path in STREAMS:
-                answers["200"]["content"]["text/event-stream"] = {"schema": text}
+                answers["200"]["content"]["text/event-stream"] = {"schema": event}
             for status in ERRORS:
                 phrase = http.HTTPStatus(int(status)).phrase
                 answers[status] = {"description": phrase, "content": {"application/json": {"schema": shape}}}
