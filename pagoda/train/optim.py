@@ -241,13 +241,13 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        lists = [
-            [self.tensors_of(p, group) for p in group["params"] if p.grad is not None] for group in self.param_groups
-        ]
-        if not all(adamw_takes(tensors) for tensors in lists):
+        groups, lists = self.param_groups, []
+        if cpu.kernels is not None and groups[0]["params"][0].is_cpu:
+            lists = [[self.tensors_of(p, group) for p in group["params"] if p.grad is not None] for group in groups]
+        if not lists or not all(adamw_takes(tensors) for tensors in lists):
             super().step(closure)
             return
-        for tensors, group in zip(lists, self.param_groups):
+        for tensors, group in zip(lists, groups):
             adamw_(tensors, group["lr"], group["betas"], group["eps"], group["weight_decay"])
 
     def tensors_of(self, p: Tensor, group: dict) -> Adam:
@@ -255,7 +255,7 @@ class AdamW(torch.optim.AdamW):
         if not state:
             state.update(self.new_state(p, group))
         average, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        return local(p.detach()), local(p.grad), average, square, state["step"]
+        return local(p).detach(), local(p.grad), average, square, state["step"]
 
     @staticmethod
     def new_state(p: Tensor, group: dict) -> dict[str, Tensor]:
