@@ -44,8 +44,8 @@ Adam = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # parameter, gradient, ave
 
 
 def adamw_takes(tensors: list[Adam]) -> bool:
-    """Whether there is a kernel for `adamw_`: all on a CPU, the first four of one type (averages are as parameters)."""
-    lists, rest = _for_kernel([t for own in tensors for t in own[:2]])
+    """Whether there is a kernel for `adamw_`: all on a CPU, the first four of one type."""
+    lists, rest = _for_kernel([t for own in tensors for t in own[:4]])
     return not rest and len(lists) <= 1 and all(own[4].is_cpu for own in tensors)
 
 
