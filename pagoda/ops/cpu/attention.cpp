@@ -12,7 +12,8 @@
 //   (sequence, key head, tile of queries) items and goes through tiles of KEYS keys: the keys are packed transposed, the
 //   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
 //   and cache are bf16 and the CPU multiplies bf16, in pairs of bf16 with float32 sums (the weights are then rounded to
-//   bf16, as PyTorch's own flash attention does). Tiles that no query of the item sees are skipped.
+//   bf16, as PyTorch's own flash attention does). A strip of queries meets only those keys of a tile that its last
+//   query sees, in steps of a strip; tiles that no query of the item sees are skipped.
 //
 // Chunks and tiles stand at fixed key positions and masked keys weigh exactly 0, so the bits of a row's result depend on
 // nothing else in the batch and not on the number of threads. Between decode and prefill the last bits differ.

@@ -150,8 +150,8 @@ void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int
     for (int n = 0; n < N; n++) store(c + m * ldc + n * W, acc[m][n]);
 }
 
-// c (rows, columns) = [c +] a (rows, depth) b (depth, columns); `rows` is a multiple of M, `columns` of W.
-template <class Cell, bool TRANSPOSED = false, int M = MR, int VECTORS = NV>
+// c (rows, columns) = [c +] a (rows, depth) b (depth, columns); `rows` is a multiple of MR, `columns` of W.
+template <class Cell, bool TRANSPOSED = false>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t columns, int64_t depth,
              float* c, int64_t ldc, bool accumulate) {
 #if MATRIX_UNIT
@@ -164,10 +164,10 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
     return;
   }
 #endif
-  for (int64_t n = 0; n < columns; n += VECTORS * W)  // b's column block stays in the L1 cache
-    with_count<VECTORS>(std::min<int64_t>(VECTORS, (columns - n) / W), [&](auto N) {
-      for (int64_t m = 0; m < rows; m += M)
-        product_block<Cell, M, N, TRANSPOSED>(a + m * (TRANSPOSED ? 1 : lda), lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
+  for (int64_t n = 0; n < columns; n += NV * W)  // b's column block stays in the L1 cache
+    with_count<NV>(std::min<int64_t>(NV, (columns - n) / W), [&](auto N) {
+      for (int64_t m = 0; m < rows; m += MR)
+        product_block<Cell, MR, N, TRANSPOSED>(a + m * (TRANSPOSED ? 1 : lda), lda, b + n, ldb, depth, c + m * ldc + n, ldc, accumulate);
     });
 }
 

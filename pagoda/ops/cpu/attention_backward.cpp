@@ -1,8 +1,9 @@
 // The way back through attention: dq, dk, dv from dout, without ever holding all scores (Dao et al. 2022).
 //
 // Bound: multiplications, 10 x head_size per query head and visible key. A thread takes (sequence, query head) items. For
-// each tile of keys it goes through the tiles of queries that see them, computes their weights again from the
-// log-sum-exp that the forward pass left, and adds up, in float32 or, for bf16 where the CPU multiplies that, in pairs:
+// each tile of keys it goes through the tiles of queries that see them, strip by strip and no further than a strip
+// sees, computes their weights again from the log-sum-exp that the forward pass left, and adds up, in float32 or, for
+// bf16 where the CPU multiplies that, in pairs:
 //   weights P = exp(S - lse), dV += P^T dO, dP = dO V^T, dS = P (dP - rows of dO . O), dK += dS^T Q, dQ += dS K.
 // The heads of a group leave their dk and dv in scratch, which is summed in their order: the bits do not depend on the
 // number of threads.
