@@ -21,6 +21,8 @@ from pagoda.ops.recompute import SMALL, to_keep
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in simd.h
 CPU = torch.device("cpu")
+MANY = 16  # rows that are worth converting or packing a weight for
+LONGEST = 2**13  # bytes of a row of a matrix that the kernels multiply
 SCRATCH = 2**22  # numbers of a matrix that is cast into memory which stays
 _LOCAL = threading.local()
 _ONEDNN = threading.Lock()  # who holds it may switch oneDNN off and on
@@ -113,9 +115,33 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """`a @ b + bias` of matrices, rounded to dtype once."""
+    if multiplies(a, b):
+        return multiply(a, b, bias).to(dtype)
     out = None if a.dtype == dtype else _scratch("result", torch.Size((len(a), b.shape[1])), a.dtype, a.device)
     y = torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     return y.to(dtype)
+
+
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Whether ops/cpu/matmul.cpp takes a (m, k) and b (k, n): each lies row by row or column by column, a's rows have
+    whole pairs of bf16, and k is small enough for the caches."""
+    if not cpu.MULTIPLIES or cpu.kernels is None or not a.is_cpu or a.shape[1] * a.itemsize > LONGEST:
+        return False
+    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16) or not a.numel() or not b.numel():
+        return False
+    if 1 not in a.stride() or 1 not in b.stride():
+        return False
+    return a.dtype == torch.float32 or a.stride(1) != 1 or a.stride(0) % 2 == a.shape[1] % 2 == 0
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` by the kernel, (m, k) by (k, n)."""
+    out = a.new_empty(len(a), b.shape[1]) if out is None else out
+    (m, k), turned = a.shape, (a.stride(1) != 1, b.stride(1) != 1)
+    strides = (x.stride(1 if t else 0) for x, t in zip((a, b), turned))
+    tensors = cpu.pointers(out, a, b, _like(bias, a))
+    cpu.kernels.matmul(*tensors, m, b.shape[1], k, *strides, *turned, cpu.DTYPE[a.dtype])
+    return out
 
 
 def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -139,15 +165,17 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if torch.is_grad_enabled():
-        small = x.nbytes <= SMALL and not hasattr(x, "recipe") and not cpu.emulates(x)
+        small = x.nbytes <= SMALL and not cpu.MULTIPLIES and not hasattr(x, "recipe") and not cpu.emulates(x)
         if weight.dtype == x.dtype and (small or not x.is_cpu):  # PyTorch's own way back costs less Python
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return _Linear.apply(x, weight, bias)
     if weight.dtype == x.dtype and not cpu.emulates(x):
         if x.is_cpu and x.shape[:-1].numel() == 1:
             return _product_of_one_row(x, weight, bias)
+        if x.dim() == 2 and len(x) >= MANY and multiplies(x, weight.T):
+            return multiply(x, weight.T, bias)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    few = x.dim() != 2 or len(x) < 16  # rows for which converting the weight costs more than it saves
+    few = x.dim() != 2 or len(x) < MANY
     dtype = x.dtype if few else product_dtype(x)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 

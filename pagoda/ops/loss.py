@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from pagoda.common import trim_heap
 from pagoda.ops import cpu
 from pagoda.ops.formats import PackedWeight
-from pagoda.ops.linear import linear, linear_transposed, product_dtype
+from pagoda.ops.linear import linear, linear_transposed, multiplies, multiply, product_dtype
 
 IGNORE = -100  # the target of a token that is not scored (PyTorch's own convention)
 CHUNK_BYTES = 2048  # of a column of logits: what a chunk of rows has
@@ -133,11 +133,13 @@ def _with_gradients(hidden, weight, targets, bias, upstream, needed, softcap, z_
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
     """`total = beta * total + a @ b` for a beta of 0 or 1, in pieces where the types differ: PyTorch's sum of two types
     makes a copy of the second."""
-    if total.dtype == a.dtype:
+    if total.dtype == a.dtype and not beta and total.is_contiguous() and multiplies(a, b):
+        multiply(a, b, out=total)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)  # what stands in `total` is not read for a beta of 0
-        return
-    for rows, piece in zip(total.split(BLOCK), a.split(BLOCK)):
-        rows.add_(piece @ b) if beta else rows.copy_(piece @ b)
+    else:
+        for rows, piece in zip(total.split(BLOCK), a.split(BLOCK)):
+            rows.add_(piece @ b) if beta else rows.copy_(piece @ b)
 
 
 def _blocks(hidden: Tensor, weight: Tensor | PackedWeight) -> Iterator[slice]:

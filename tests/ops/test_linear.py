@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from pagoda.ops import cpu
 from pagoda.ops import linear as linear_module
 from pagoda.ops.formats import FORMATS, GGUF_BLOCK, pack, pack_integers
-from pagoda.ops.linear import embedding, linear, linear_many
+from pagoda.ops.linear import embedding, linear, linear_many, multiplies, multiply
 
 INTEGER = ["int8", "int4", "q4_0", "q4_1", "q8_0"]
 SHAPES = [(37, 100), (64, 64), (5, 7), (130, 257), (1, 33)]
@@ -260,3 +260,47 @@ def test_a_tensor_multiplies_as_in_pytorch():
     x, weight, bias, residual = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5), torch.randn(3, 5)
     torch.testing.assert_close(linear(x, weight, bias, residual), x @ weight.T + bias + residual)
     assert torch.equal(embedding(torch.tensor([4, 0]), weight), weight[[4, 0]])
+
+
+# --- products of plain matrices
+
+
+SIZES = [(1, 1, 2), (7, 5, 6), (16, 32, 16), (33, 31, 34), (40, 65, 130), (129, 96, 300)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
+@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
+def test_products_of_matrices_in_either_order(kernels, two_threads, monkeypatch, dtype, m, n, k, turned):
+    """Against float64. The same bits by one thread, by two, and for a row without the others."""
+    monkeypatch.setattr(cpu, "MULTIPLIES", True)
+    k += turned[0]  # pairs of bf16 that are packed may be odd
+    a, b = torch.randn(k, m).T if turned[0] else torch.randn(m, k + 4)[:, :k], torch.randn(n, k).T
+    b = b if turned[1] else b.contiguous()
+    a, b, bias = a.to(dtype), b.to(dtype), torch.randn(n).to(dtype)
+    assert multiplies(a, b) or 1 in (m, n)  # of a single column the strides do not say how it lies
+    if not multiplies(a, b):
+        return
+    exact = a.double() @ b.double()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    y = multiply(a, b, bias)
+    torch.testing.assert_close(y.double(), exact + bias.double(), rtol=tolerance, atol=1e-4 * k**0.5)
+    assert torch.equal(multiply(a, b, bias, out=torch.full_like(y, torch.nan)), y)
+    torch.set_num_threads(1)
+    assert torch.equal(multiply(a, b, bias), y)
+    if not turned[0]:
+        assert torch.equal(multiply(a[m // 2 :], b, bias), y[m // 2 :])
+
+
+def test_what_the_products_do_not_take(monkeypatch):
+    monkeypatch.setattr(cpu, "MULTIPLIES", True)
+    a, b = torch.randn(4, 6), torch.randn(6, 8)
+    assert multiplies(a, b) == (cpu.kernels is not None)
+    assert not multiplies(a.double(), b.double())
+    assert not multiplies(a, b.bfloat16())
+    assert not multiplies(a[:, ::2], b[::2])
+    assert not multiplies(a[:, :5].bfloat16().contiguous(), b[:5].bfloat16())  # half a pair
+    assert not multiplies(a[:0], b)
+    assert not multiplies(torch.randn(2, 4096), torch.randn(4096, 2))
+    monkeypatch.setattr(cpu, "MULTIPLIES", False)
+    assert not multiplies(a, b)

@@ -20,11 +20,14 @@ SHAPE = (
 )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "mixed"])
-def test_the_estimate_is_near_what_the_run_uses(precision, data, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("bf16", False), ("mixed", False), pytest.param("bf16", True, marks=pytest.mark.slow)]
+)
+def test_the_estimate_is_near_what_the_run_uses(precision, compiled, data, tmp_path):
     command = ["pretrain", "--model_name", "SmolLM2-135M", "--model_overrides", SHAPE, "--data", str(data)]
     told = dict(seq_len=256, micro_batch_size=8, max_steps=2, precision=precision)
     command += [w for k, v in told.items() for w in (f"--train.{k}", str(v))]
+    command += ["--train.compile"] * compiled
     command = [sys.executable, "-m", "pagoda", *command, "--device", "cpu", "--out_dir", str(tmp_path)]
     text = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
     used = re.findall(r"peak memory ([\d.]+) GiB", text)[-1]

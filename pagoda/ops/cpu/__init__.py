@@ -80,6 +80,10 @@ def _choose():
 kernels, _path = _choose()
 
 
+# Whether products of plain matrices are the kernels' too: elsewhere PyTorch's libraries are as fast, or faster.
+MULTIPLIES = _path == "avx512_bf16"
+
+
 def kernel_path() -> str:
     """The path in use: `amx`, `avx512_bf16`, `avx512`, `avx2`, `portable` or `reference`."""
     return _path

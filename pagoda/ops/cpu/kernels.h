@@ -58,6 +58,10 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
 void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n, int64_t dtype, int64_t ignore,
                    double softcap, double z_loss);
 
+// matmul.cpp
+void matmul(ptr out, ptr a, ptr b, ptr bias, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, bool a_turned,
+            bool b_turned, int64_t dtype);
+
 // optim.cpp. Lists of tensors, of n elements each.
 void square_sum(ptr sum, std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype);  // added to *sum, a float64
 void scale(std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype, double factor);
@@ -86,6 +90,7 @@ void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_
   X(attention) \
   X(attention_backward) \
   X(cross_entropy) \
+  X(matmul) \
   X(square_sum) \
   X(scale) \
   X(adamw) \
