@@ -122,16 +122,6 @@ INLINE vf shrink(vf before, vf now) {
   return exp(sub(max(before, lowest), max(now, lowest)));
 }
 
-// Matrix products on 32-bit cells: a cell holds one float32, or a pair of bf16 that lie along the summed dimension.
-struct Float32 {
-  static constexpr int64_t PER_CELL = 1;
-  static INLINE vf step(vf acc, vf a, vf b) { return fma(a, b, acc); }
-};
-struct PairsOfBf16 {
-  static constexpr int64_t PER_CELL = 2;
-  static INLINE vf step(vf acc, vf a, vf b) { return dot_bf16(acc, (vi)a, (vi)b); }
-};
-
 // c (M, N * W) = [c +] a (M, depth) b (depth, N * W), all of c in registers. TRANSPOSED: a is (depth, M).
 template <class Cell, int M, int N, bool TRANSPOSED>
 void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool accumulate) {

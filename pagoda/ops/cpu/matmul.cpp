@@ -18,17 +18,6 @@ constexpr int64_t COLUMNS = NV * W;
 constexpr int64_t KEPT = 512 << 10;  // bytes of a packed at once
 constexpr int64_t MANY = 64;         // rows that are worth packing b for
 
-struct Float32 {
-  using Element = float;
-  static constexpr int64_t PER_CELL = 1;  // a cell has 4 bytes
-  static INLINE vf step(vf acc, vf a, vf b) { return fma(a, b, acc); }
-};
-struct PairsOfBf16 {
-  using Element = bf16;
-  static constexpr int64_t PER_CELL = 2;  // that lie along k
-  static INLINE vf step(vf acc, vf a, vf b) { return dot_bf16(acc, (vi)a, (vi)b); }
-};
-
 template <class Cell> struct Product {
   using T = typename Cell::Element;
   T* out;           // (m, n)

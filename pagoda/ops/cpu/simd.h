@@ -416,6 +416,18 @@ INLINE vf dot_bf16(vf acc, vi a, const bf16* b) {
 #endif
 }
 
+// Matrix products on 32-bit cells: a cell holds one float32, or a pair of bf16 that lie along the summed dimension.
+struct Float32 {
+  using Element = float;
+  static constexpr int64_t PER_CELL = 1;
+  static INLINE vf step(vf acc, vf a, vf b) { return fma(a, b, acc); }
+};
+struct PairsOfBf16 {
+  using Element = bf16;
+  static constexpr int64_t PER_CELL = 2;
+  static INLINE vf step(vf acc, vf a, vf b) { return dot_bf16(acc, (vi)a, (vi)b); }
+};
+
 // e^x to 1 unit in the last place or two: 2^n * e^r with |r| <= ln(2)/2, r by its Taylor polynomial of degree 6
 // (error 2e-8). NaN stays NaN, +infinity gives infinity, and what would be subnormal (slow) gives 0.
 INLINE vf exp(vf of) {
