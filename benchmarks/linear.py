@@ -1,21 +1,27 @@
 """Products with packed weights at few and many rows, and what share of the rate of 512 rows that is; prints a table.
+And the products of a training step, forward, back to the input and to the weight, beside PyTorch's.
 
 usage: python benchmarks/linear.py [--size 4096] [--copies 8]
 
 So many matrices of size x size are multiplied in turns, that their weights come from memory; medians, bf16 activations.
-GB/s are the weights' bytes over the time.
+GB/s are the weights' bytes over the time. Training's are multiplied by turns, on warm caches: the best of nine.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
 from pagoda.ops.formats import Arena, pack
-from pagoda.ops.linear import linear
+from pagoda.ops.linear import linear, multiplies, multiply
 
 ROWS = (1, 8, 16, 32, 64, 512)
+LAYERS = {  # rows, n_in, n_out
+    "nanoGPT's preset": [(768, 128, 384), (768, 128, 128), (768, 128, 512), (768, 512, 128)],
+    "SmolLM2-135M": [(1024, 576, 576), (1024, 576, 192), (1024, 576, 1536), (1024, 1536, 576)],
+}
 
 
 def main() -> None:
@@ -34,6 +40,33 @@ def main() -> None:
             bytes_per_second[n] = weights[0].nbytes / seconds / 1e9
         cells = (f"{rates[n]:.0f} ({rates[n] / rates[512]:.0%}, {bytes_per_second[n]:.0f} GB/s)" for n in ROWS)
         print(f"| {format} | " + " | ".join(cells) + " |", flush=True)
+    print("\n| products of training, GFLOP/s | pagoda | PyTorch | ratio |\n|---|---|---|---|")
+    for name, shapes in LAYERS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            compare(name, shapes, dtype)
+
+
+def compare(name: str, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
+    """The products of a layer one after the other, both ways of multiplying in turns."""
+    ours = theirs = operations = 0.0
+    for rows, n_in, n_out in shapes:
+        x, weight, grad = (torch.randn(s).to(dtype) for s in ((rows, n_in), (n_out, n_in), (rows, n_out)))
+        for a, b in ((x, weight.T), (grad, weight), (grad.T, x)):
+            if not multiplies(a, b):
+                print(f"| {name}, {dtype} | PyTorch's here | | |")
+                return
+            best = [min(pair) for pair in zip(*[(once(multiply, a, b), once(torch.mm, a, b)) for _ in range(9)])]
+            ours, theirs, operations = ours + best[0], theirs + best[1], operations + 2 * rows * n_in * n_out
+    rates = f"{operations / ours / 1e9:.0f} | {operations / theirs / 1e9:.0f} | {theirs / ours:.2f}"
+    print(f"| {name}, {str(dtype).removeprefix('torch.')} | {rates} |", flush=True)
+
+
+def once(product: Callable, a: torch.Tensor, b: torch.Tensor) -> float:
+    """Seconds of one product, of ten."""
+    start = time.perf_counter()
+    for _ in range(10):
+        product(a, b)
+    return (time.perf_counter() - start) / 10
 
 
 @torch.inference_mode()
