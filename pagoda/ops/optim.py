@@ -17,7 +17,7 @@ def norm_of(tensors: Iterable[Tensor]) -> float:
     """The 2-norm of all elements together, of any shape and type (sharded tensors whole); sums are float32 or wider."""
     squares, norms, tensors = torch.zeros((), dtype=torch.float64), [], list(tensors)
     if tensors and all(type(x) is Tensor and x.is_cuda for x in tensors):
-        norms, tensors = torch._foreach_norm(tensors, 2, torch.float32), []
+        norms, tensors = [*torch._foreach_norm(tensors, 2, torch.float32)], []
     lists, rest = _for_kernel(tensors)
     for dtype, xs in lists.items():
         cpu.kernels.square_sum(squares.data_ptr(), cpu.pointers(*xs), [x.numel() for x in xs], cpu.DTYPE[dtype])
