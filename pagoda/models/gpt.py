@@ -33,7 +33,7 @@ from pagoda.models.layers import (
     weights_of,
 )
 from pagoda.models.rope import Rope, alibi_slopes
-from pagoda.ops.attention import attention
+from pagoda.ops.attention import attention, split_heads
 from pagoda.ops.loss import linear_cross_entropy
 from pagoda.ops.norm import add
 from pagoda.ops.rotary import rotary, rotary_store, store_kv
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             return tuple(y.view(len(x), -1, c.head_size) for y in projected)
         if c.qkv == "concatenated":
             heads = self.qkv_proj(x).unflatten(-1, (-1, c.head_size))
-            return heads.split((c.n_head, c.n_kv_head, c.n_kv_head), dim=1)
+            return split_heads(heads, [c.n_head, c.n_kv_head, c.n_kv_head])
         heads = self.qkv_proj(x).view(len(x), c.n_kv_head, -1, c.head_size)  # grouped: per key head its queries, k, v
         return heads[:, :, :-2].reshape(len(x), c.n_head, c.head_size), heads[:, :, -2], heads[:, :, -1]
 

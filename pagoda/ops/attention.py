@@ -278,14 +278,49 @@ def _backward(
     scale: float, causal: bool, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
+    places = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    return _leave(places, grad, q, k, v, cu_seqlens, alibi, out, lse, scale, causal, window, softcap)
+
+
+def _leave(places, grad, q, k, v, cu_seqlens, alibi, out, lse, scale, causal, window, softcap):
+    """Writes the gradients of q, k and v to these places."""
     q, k, v, grad = cpu.heads(q), cpu.heads(k), cpu.heads(v), grad.contiguous()
     n, n_head, head_size = q.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     scratch = torch.empty(2, n, n_head, head_size) if k.shape[1] != n_head else None
-    tensors = cpu.pointers(dq, dk, dv, scratch, grad, out, lse, q, k, v, cu_seqlens, alibi)
-    sizes = cu_seqlens.shape[0] - 1, n_head, k.shape[1], head_size, q.stride(0), k.stride(0), v.stride(0)
-    cpu.kernels.attention_backward(*tensors, *sizes, cpu.DTYPE[q.dtype], causal, window, scale, softcap)
-    return dq, dk, dv
+    tensors = cpu.pointers(*places, scratch, grad, out, lse, q, k, v, cu_seqlens, alibi)
+    sizes = cu_seqlens.shape[0] - 1, n_head, k.shape[1], head_size
+    strides = (x.stride(0) for x in (q, k, v, *places[:2]))
+    cpu.kernels.attention_backward(*tensors, *sizes, *strides, cpu.DTYPE[q.dtype], causal, window, scale, softcap)
+    return places
+
+
+def _joined(*parts: Tensor) -> Tensor | None:
+    """The tensor (N, heads, head_size) whose heads the parts are, in this order, if there is one."""
+    first, n_head = parts[0], sum(x.shape[1] for x in parts)
+    at, stride = first.storage_offset(), (n_head * first.shape[2], first.shape[2], 1)
+    storage = first.untyped_storage().data_ptr()
+    for x in parts:
+        if x.stride() != stride or x.storage_offset() != at or x.untyped_storage().data_ptr() != storage:
+            return None
+        at += x.shape[1] * x.shape[2]
+    return first.as_strided((len(first), n_head, first.shape[2]), stride)
+
+
+def split_heads(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """`x.split(sizes, dim=1)` of x (N, heads, head_size), whose gradient `attention` leaves in one piece."""
+    return _SplitHeads.apply(x, sizes) if cpu.trains(x) else x.split(sizes, dim=1)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sizes):
+        return x.split(sizes, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        whole = _joined(*grads)
+        return torch.cat(grads, 1) if whole is None else whole, None
 
 
 class _Attention(torch.autograd.Function):
@@ -300,7 +335,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+        parts = ctx.saved_tensors[:3]
+        whole = _joined(*parts)
+        if whole is None:
+            places = _backward(grad, *ctx.saved_tensors, *ctx.options)
+        else:
+            places = torch.empty_like(whole).split([x.shape[1] for x in parts], dim=1)
+            _leave(places, grad, *ctx.saved_tensors, *ctx.options)
+        return *places, None, None, None, None, None, None
 
 
 # And as operations that torch.compile takes as they are. It would see pointers to no memory.

@@ -134,14 +134,29 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
     return a.dtype == torch.float32 or a.stride(1) != 1 or a.stride(0) % 2 == a.shape[1] % 2 == 0
 
 
-def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """`a @ b + bias` by the kernel, (m, k) by (k, n)."""
-    out = a.new_empty(len(a), b.shape[1]) if out is None else out
-    (m, k), turned = a.shape, (a.stride(1) != 1, b.stride(1) != 1)
-    strides = (x.stride(1 if t else 0) for x, t in zip((a, b), turned))
-    tensors = cpu.pointers(out, a, b, _like(bias, a))
-    cpu.kernels.matmul(*tensors, m, b.shape[1], k, *strides, *turned, cpu.DTYPE[a.dtype])
+def multiply(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, sums: Tensor | None = None
+) -> Tensor:
+    """`a @ b + bias` by the kernel, (m, k) by (k, n). `sums` (m,) float32 takes the sums of a's rows, where those lie
+    column by column."""
+    (m, k), (a_stride, a_one), (b_stride, b_one), n = a.shape, a.stride(), b.stride(), b.shape[1]
+    out = a.new_empty(m, n) if out is None else out
+    tensors = cpu.pointers(out, a, b, _like(bias, a), sums)
+    strides = a_stride if a_one == 1 else a_one, b_stride if b_one == 1 else b_one
+    cpu.kernels.matmul(*tensors, m, n, k, *strides, a_one != 1, b_one != 1, cpu.DTYPE[a.dtype])
     return out
+
+
+def _weight_gradient(
+    g: Tensor, x: Tensor | None, weight: torch.dtype, bias: torch.dtype | None, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the weight and the bias of `linear(x, ...)`, in these dtypes and as far as they are needed: x
+    (N, n_in), and g (N, n_out), the gradient of the result."""
+    turned = g.t()
+    if all(needed) and multiplies(turned, x) and turned.stride(1) != 1:
+        sums = torch.empty(len(turned), dtype=torch.float32)
+        return multiply(turned, x, sums=sums).to(weight), sums.to(bias)
+    return product(turned, x, weight) if needed[0] else None, g.sum(0).to(bias) if needed[1] else None
 
 
 def _cast(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -222,27 +237,24 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.make_x, kept = to_keep(x) if ctx.needs_input_grad[1] else (None, ())
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         dtype, rows = product_dtype(x), x.flatten(0, -2)
         bias = None if bias is None else bias.to(dtype)
-        y = product(_cast(rows, dtype, "x"), _cast(weight, dtype, "weight").T, x.dtype, bias)
+        y = product(_cast(rows, dtype, "x"), _cast(weight, dtype, "weight").t(), x.dtype, bias)
         return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, *kept = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
         dtype, rows = product_dtype(grad), grad.flatten(0, -2)
         g = _cast(rows, dtype, "y")
-        dx = dw = None
+        dx = x = None
         if weight is not None:
             dx = product(g, _cast(weight, dtype, "weight"), grad.dtype).view(*grad.shape[:-1], -1)
         if ctx.make_x is not None:
-            x = ctx.make_x(*kept).flatten(0, -2)
-            dw = product(g.T, _cast(x, dtype, "x"), weight_dtype)
-        db = g.sum(0).to(bias_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, db
+            x = _cast(ctx.make_x(*kept).flatten(0, -2), dtype, "x")
+        return dx, *_weight_gradient(g, x, ctx.weight_dtype, ctx.bias_dtype, ctx.needs_input_grad[1:3])
 
 
 class _PackedLinear(torch.autograd.Function):

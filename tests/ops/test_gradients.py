@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from pagoda.ops import cpu, recompute
 from pagoda.ops.activations import ACTIVATIONS, activation, gated
-from pagoda.ops.attention import attention
+from pagoda.ops.attention import attention, split_heads
 from pagoda.ops.formats import FORMATS, pack
 from pagoda.ops.linear import linear
 from pagoda.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -68,6 +68,24 @@ def test_attention_over_documents_in_a_row(path, two_threads, dtype, n_head, n_k
     options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": 131, "scale": head_size**-0.5}
     slack = 2 if path == "reference" else 1  # the reference rounds the weights to bf16
     check(lambda *x: attention(*x, **options), exact_stream(bounds, scale=head_size**-0.5), q, k, v, slack=slack)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("n_head", "n_kv_head", "head_size"), SHAPES)
+def test_attention_of_heads_side_by_side(path, two_threads, dtype, n_head, n_kv_head, head_size):
+    """What one product gave; the gradient too comes in one piece, and in pieces where a part has another use."""
+    torch.manual_seed(0)
+    bounds, sizes = [0, 5, 70, 201], [n_head, n_kv_head, n_kv_head]
+    options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": 131, "scale": head_size**-0.5}
+    exact = exact_stream(bounds, scale=head_size**-0.5)
+    heads = torch.randn(201, sum(sizes), head_size).to(dtype)
+
+    def twice(heads):
+        q, k, v = split_heads(heads, sizes)
+        return attention(q, k, v, **options), k * 2
+
+    check(lambda x: attention(*split_heads(x, sizes), **options), lambda x: exact(*x.split(sizes, 1)), heads, slack=2)
+    check(twice, lambda x: (exact(*x.split(sizes, 1)), x.split(sizes, 1)[1] * 2), heads, slack=3)
 
 
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.01])

@@ -290,6 +290,10 @@ def test_products_of_matrices_in_either_order(kernels, two_threads, monkeypatch,
     assert torch.equal(multiply(a, b, bias), y)
     if not turned[0]:
         assert torch.equal(multiply(a[m // 2 :], b, bias), y[m // 2 :])
+    elif a.stride(1) != 1:
+        sums = torch.full((m,), torch.nan)
+        assert torch.equal(multiply(a, b, bias, sums=sums), y)
+        torch.testing.assert_close(sums.double(), a.double().sum(1), rtol=1e-5, atol=1e-4)
 
 
 def test_what_the_products_do_not_take(monkeypatch):

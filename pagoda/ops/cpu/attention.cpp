@@ -273,7 +273,7 @@ template <class T> void decode_queries(const Problem& p, const Sequence& s, bool
       for (int64_t d = 0; d < p.head_size; d += 2 * W) {
         const int64_t length = std::min<int64_t>(2 * W, p.head_size - d);
         std::fill(plain + length, plain + 2 * W, 0.0f);
-        read_row(plain, p.q, at + d, p.q_dtype, length);
+        read_rows(plain, 0, p.q, at + d, 0, 1, p.q_dtype, length);
         if (pairs) store((bf16*)to + d, load(plain)), store((bf16*)to + d + W, load(plain + W));
         else to_pair_order<T>(plain, to + d);
       }
@@ -301,7 +301,7 @@ void decode_combine(const Problem& p, const Sequence& s, bool pairs, const float
     float* plain = &total[padded];
     for (int64_t d = 0; d < padded; d += 2 * W) (pairs ? from_zip_order : from_pair_order<T>)(&total[d], plain + d);
     const int64_t out_row = (s.first + row / group) * p.n_head + head * group + row % group;
-    write_row(p.out, out_row * p.head_size, p.q_dtype, plain, 1 / sum, p.head_size);
+    with_float_type(p.q_dtype, [&](auto type) { write_row((decltype(type)*)p.out + out_row * p.head_size, plain, 1 / sum, p.head_size); });
     if (p.lse) p.lse[out_row] = largest + std::log(sum);
   }
 }
@@ -375,10 +375,10 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
   std::fill(o, largest, 0.0f);
   std::fill(largest, sums, -INF);
   std::fill(sums, shrinks + STRIP, 0.0f);
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t at = (s.first + item.first + r / group) * p.q_stride + (item.head * group + r % group) * p.head_size;
-    if (Cell::PER_CELL == 2) memcpy(q + r * depth, (const bf16*)p.q + at, p.head_size * sizeof(bf16));
-    else read_row(q + r * depth, p.q, at, p.q_dtype, p.head_size);
+  for (int64_t r = 0; r < rows; r += group) {  // the heads of a group stand side by side
+    const int64_t at = (s.first + item.first + r / group) * p.q_stride + item.head * group * p.head_size;
+    if (Cell::PER_CELL == 1) read_rows(q + r * depth, depth, p.q, at, p.head_size, group, p.q_dtype, p.head_size);
+    else for (int64_t i = 0; i < group; i++) memcpy(q + (r + i) * depth, (const bf16*)p.q + at + i * p.head_size, p.head_size * sizeof(bf16));
   }
 
   const Heads<T> keys(p.k, p.k_stride, p.k_scale, p, item.head), values(p.v, p.v_stride, p.v_scale, p, item.head);
@@ -411,11 +411,13 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
                     o + first * padded, padded, true);
     }
   }
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t row = (s.first + item.first + r / group) * p.n_head + item.head * group + r % group;
-    write_row(p.out, row * p.head_size, p.q_dtype, o + r * padded, 1 / sums[r], p.head_size);
-    if (p.lse) p.lse[row] = largest[r] + std::log(sums[r]);
-  }
+  with_float_type(p.q_dtype, [&](auto type) {
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t row = (s.first + item.first + r / group) * p.n_head + item.head * group + r % group;
+      write_row((decltype(type)*)p.out + row * p.head_size, o + r * padded, 1 / sums[r], p.head_size);
+      if (p.lse) p.lse[row] = largest[r] + std::log(sums[r]);
+    }
+  });
 }
 
 template <class T> void prefill(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {

@@ -70,18 +70,17 @@ template <class T> struct Heads {
   INLINE float scale_of(int64_t at) const { return scale[at * scale_stride]; }
 };
 
-void read_row(float* to, ptr from, int64_t at, int64_t dtype, int64_t n) {
+// Rows of n elements that stand `stride` apart from `at` on, as floats `to_stride` apart.
+void read_rows(float* to, int64_t to_stride, ptr from, int64_t at, int64_t stride, int64_t rows, int64_t dtype, int64_t n) {
   with_float_type(dtype, [&](auto type) {
     auto row = (const decltype(type)*)from + at;
-    for_each_vector(n, [&](int64_t i, auto load, auto store) { store(to + i, load(row + i)); });
+    for (int64_t r = 0; r < rows; r++, row += stride, to += to_stride)
+      for_each_vector(n, [&](int64_t i, auto load, auto store) { store(to + i, load(row + i)); });
   });
 }
 
-void write_row(ptr to, int64_t at, int64_t dtype, const float* from, float factor, int64_t n) {
-  with_float_type(dtype, [&](auto type) {
-    auto row = (decltype(type)*)to + at;
-    for_each_vector(n, [&](int64_t i, auto load, auto store) { store(row + i, mul(load(from + i), set1(factor))); });
-  });
+template <class T> INLINE void write_row(T* to, const float* from, float factor, int64_t n) {
+  for_each_vector(n, [&](int64_t i, auto load, auto store) { store(to + i, mul(load(from + i), set1(factor))); });
 }
 
 // Turns a row's products q.k with keys start .. start + n - 1 (n a multiple of W) into scores, -infinity for the keys

@@ -20,6 +20,7 @@ constexpr int64_t TILE = KEYS;  // queries and keys of a tile
 
 struct Gradients {
   ptr dq, dk, dv, dout;
+  int64_t dq_stride, dk_stride;  // and of dv
   float *heads_dk, *heads_dv;  // (rows, n_head, head_size), where query heads share key heads
 };
 
@@ -76,14 +77,35 @@ template <class F> INLINE void for_key_strips(const Sequence& s, int64_t i, int6
   }
 }
 
-// Where a tile of keys leaves its gradients: dk and dv (n, padded).
-void leave(const Problem& p, const Gradients& to, int64_t head, int64_t first, int64_t n, const float* dk, const float* dv) {
-  const bool whole = p.group() == 1;
-  for (int64_t t = 0; t < n; t++) {
-    const int64_t row = ((first + t) * p.n_head + head) * p.head_size, dtype = whole ? p.q_dtype : F32;
-    write_row(whole ? to.dk : (ptr)to.heads_dk, row, dtype, dk + t * p.padded(), 1, p.head_size);
-    write_row(whole ? to.dv : (ptr)to.heads_dv, row, dtype, dv + t * p.padded(), 1, p.head_size);
+// Rows of dq, dk or dv (n, padded), from row `first` of the stream on, to where they belong.
+void leave(ptr to, int64_t stride, int64_t dtype, const Problem& p, int64_t head, int64_t first, int64_t n, const float* from) {
+  with_float_type(dtype, [&](auto type) {
+    auto row = (decltype(type)*)to + first * stride + head * p.head_size;
+    for (int64_t t = 0; t < n; t++) write_row(row + t * stride, from + t * p.padded(), 1, p.head_size);
+  });
+}
+
+void leave_keys(const Problem& p, const Gradients& to, int64_t head, int64_t first, int64_t n, const float* dk, const float* dv) {
+  if (p.group() == 1) {
+    leave(to.dk, to.dk_stride, p.q_dtype, p, head, first, n, dk);
+    leave(to.dv, to.dk_stride, p.q_dtype, p, head, first, n, dv);
+  } else {
+    leave((ptr)to.heads_dk, p.n_head * p.head_size, F32, p, head, first, n, dk);
+    leave((ptr)to.heads_dv, p.n_head * p.head_size, F32, p, head, first, n, dv);
   }
+}
+
+// Each query's dout . out, and all of it at once.
+void output_products(const Problem& p, const Gradients& to, const Sequence& s, int64_t head, float* delta) {
+  with_float_type(p.q_dtype, [&](auto type) {
+    const int64_t stride = p.n_head * p.head_size, at = s.first * stride + head * p.head_size;
+    auto out = (const decltype(type)*)p.out + at, grad = (const decltype(type)*)to.dout + at;
+    for (int64_t r = 0; r < s.n_q; r++, out += stride, grad += stride) {
+      vf dot = zero();
+      for_each_vector(p.head_size, [&](int64_t i, auto load, auto) { dot = fma(load(out + i), load(grad + i), dot); });
+      delta[r] = reduce_add(dot);
+    }
+  });
 }
 
 void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int64_t head) {
@@ -99,23 +121,15 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
   if (padded != d) std::fill(k, x, 0.0f);
   else for (float* rows : {q, go}) std::fill(rows + s.n_q * padded, rows + all * padded, 0.0f);
 
-  for (int64_t r = 0; r < s.n_q; r++) {
-    const int64_t row = ((s.first + r) * p.n_head + head) * d;
-    read_row(k, p.out, row, p.q_dtype, d);
-    read_row(q + r * padded, p.q, (s.first + r) * p.q_stride + head * d, p.q_dtype, d);
-    read_row(go + r * padded, to.dout, row, p.q_dtype, d);
-    vf dot = zero();
-    for (int64_t i = 0; i < padded; i += W) dot = fma(load(k + i), load(go + r * padded + i), dot);
-    delta[r] = reduce_add(dot);
-  }
+  read_rows(q, padded, p.q, s.first * p.q_stride + head * d, p.q_stride, s.n_q, p.q_dtype, d);
+  read_rows(go, padded, to.dout, (s.first * p.n_head + head) * d, p.n_head * d, s.n_q, p.q_dtype, d);
+  output_products(p, to, s, head, delta);
   for (int64_t start = 0; start < s.n_k; start += TILE) {
     const int64_t n = std::min(TILE, s.n_k - start);
     for (float* rows : {k, v}) std::fill(rows + n * padded, rows + TILE * padded, 0.0f);
     std::fill(dk, x, 0.0f);
-    for (int64_t t = 0; t < n; t++) {
-      read_row(k + t * padded, p.k, (s.first + start + t) * p.k_stride + kv_head * d, p.kv_dtype, d);
-      read_row(v + t * padded, p.v, (s.first + start + t) * p.v_stride + kv_head * d, p.kv_dtype, d);
-    }
+    read_rows(k, padded, p.k, (s.first + start) * p.k_stride + kv_head * d, p.k_stride, n, p.kv_dtype, d);
+    read_rows(v, padded, p.v, (s.first + start) * p.v_stride + kv_head * d, p.v_stride, n, p.kv_dtype, d);
     transpose_rows(k, TILE, padded, kt);
     transpose_rows(v, TILE, padded, vt);
     for (int64_t i = 0; i < s.n_q; i += TILE) {
@@ -135,10 +149,9 @@ void backward_head(const Problem& p, const Gradients& to, int64_t sequence, int6
         product<Float32, true>(dx + at, TILE, q + row, padded, STRIP, padded, n, dk + key * padded, padded, true);
       });
     }
-    leave(p, to, head, s.first + start, n, dk, dv);
+    leave_keys(p, to, head, s.first + start, n, dk, dv);
   }
-  for (int64_t r = 0; r < s.n_q; r++)
-    write_row(to.dq, ((s.first + r) * p.n_head + head) * d, p.q_dtype, dq + r * padded, 1, d);
+  leave(to.dq, to.dq_stride, p.q_dtype, p, head, s.first, s.n_q, dq);
 }
 
 #if defined(__AVX512BF16__)
@@ -171,7 +184,7 @@ void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence
   bf16 *xt = (bf16*)(dx + STRIP * TILE), *dxt = xt + TILE * TILE, *dx_rows = dxt + TILE * TILE;
   using Rows = TileRows<PairsOfBf16, bf16>;
   const Heads<bf16> queries(p.q, p.q_stride, nullptr, p, head), grads(to.dout, p.n_head * d, nullptr, p, head);
-  const Heads<bf16> outs(p.out, p.n_head * d, nullptr, p, head), keys(p.k, p.k_stride, nullptr, p, kv_head);
+  const Heads<bf16> keys(p.k, p.k_stride, nullptr, p, kv_head);
   const Heads<bf16> values(p.v, p.v_stride, nullptr, p, kv_head);
   int64_t at[TILE];
   std::fill(dq, delta, 0.0f);
@@ -181,15 +194,13 @@ void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence
   const MatrixUnit unit(UNIT_ROWS, 16);
 #endif
 
+  output_products(p, to, s, head, delta);
   for (int64_t i = 0; i < s.n_q; i += TILE) {
     const int64_t n = std::min(TILE, s.n_q - i);
     for (int64_t r = 0; r < n; r++) {
       at[r] = s.first + i + r;
       memcpy(q + (i + r) * depth, queries.row(at[r]), d * sizeof(bf16));
       memcpy(go + (i + r) * depth, grads.row(at[r]), d * sizeof(bf16));
-      vf dot = zero();
-      for_each_vector(d, [&](int64_t e, auto load, auto) { dot = fma(load(outs.row(at[r]) + e), load(grads.row(at[r]) + e), dot); });
-      delta[i + r] = reduce_add(dot);
     }
     pack_values(Rows{queries, at, 0, n}, padded, q_pairs + i * depth);
     pack_values(Rows{grads, at, 0, n}, padded, go_pairs + i * depth);
@@ -219,26 +230,25 @@ void backward_head_pairs(const Problem& p, const Gradients& to, int64_t sequence
         product<PairsOfBf16>((float*)(dxt + at), TILE / 2, q_pairs + row, padded, STRIP, padded, n / 2, dk + key * padded, padded, true);
       });
     }
-    leave(p, to, head, s.first + start, n, dk, dv);
+    leave_keys(p, to, head, s.first + start, n, dk, dv);
   }
-  for (int64_t r = 0; r < s.n_q; r++)
-    write_row(to.dq, ((s.first + r) * p.n_head + head) * d, p.q_dtype, dq + r * padded, 1, d);
+  leave(to.dq, to.dq_stride, p.q_dtype, p, head, s.first, s.n_q, dq);
 }
 #endif
 
 }  // namespace
 
-// dq, dk, dv, dout and out are dense, all of one dtype; scratch is (2, rows, n_head, head_size) float32, or 0 where no
-// heads share a key head.
+// All of one dtype, dout and out dense; scratch is (2, rows, n_head, head_size) float32, or 0 where no heads share a key
+// head.
 void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, ptr lse, ptr q, ptr k, ptr v,
                         ptr cu_seqlens, ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size,
-                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t causal,
-                        int64_t window, double scale, double softcap) {
+                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dq_stride, int64_t dk_stride,
+                        int64_t dtype, int64_t causal, int64_t window, double scale, double softcap) {
   const Problem p{out, q, k, v, (const int32_t*)cu_seqlens, nullptr, nullptr, nullptr, nullptr, (const float*)alibi,
                   (float*)lse, n_seq, n_head, n_kv_head, head_size, 0, 0, q_stride, k_stride, v_stride, dtype, dtype,
                   causal, window, float(scale), float(softcap)};
   const int64_t rows = p.cu_seqlens[n_seq], size = n_head * head_size, group = p.group();
-  const Gradients to{dq, dk, dv, dout, (float*)scratch, (float*)scratch + rows * size};
+  const Gradients to{dq, dk, dv, dout, dq_stride, dk_stride, (float*)scratch, (float*)scratch + rows * size};
   std::vector<int64_t> longest_first(n_seq);
   for (int64_t s = 0; s < n_seq; s++) longest_first[s] = s;
   std::stable_sort(longest_first.begin(), longest_first.end(),
@@ -257,7 +267,7 @@ void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, 
         for (int64_t j = 0; j < head_size; j++) sum[j] = from[j];
         for (int64_t h = 1; h < group; h++)
           for (int64_t j = 0; j < head_size; j++) sum[j] += from[h * head_size + j];
-        write_row(result, i * head_size, dtype, sum.data(), 1, head_size);
+        leave(result, dk_stride, dtype, p, i % n_kv_head, i / n_kv_head, 1, sum.data());
       }
   });
 }

@@ -51,16 +51,16 @@ void attention(ptr out, ptr q, ptr k, ptr v, ptr cu_seqlens, ptr block_table, pt
 // attention_backward.cpp
 void attention_backward(ptr dq, ptr dk, ptr dv, ptr scratch, ptr dout, ptr out, ptr lse, ptr q, ptr k, ptr v,
                         ptr cu_seqlens, ptr alibi, int64_t n_seq, int64_t n_head, int64_t n_kv_head, int64_t head_size,
-                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t causal,
-                        int64_t window, double scale, double softcap);
+                        int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dq_stride, int64_t dk_stride,
+                        int64_t dtype, int64_t causal, int64_t window, double scale, double softcap);
 
 // loss.cpp
 void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n, int64_t dtype, int64_t ignore,
                    double softcap, double z_loss);
 
 // matmul.cpp
-void matmul(ptr out, ptr a, ptr b, ptr bias, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, bool a_turned,
-            bool b_turned, int64_t dtype);
+void matmul(ptr out, ptr a, ptr b, ptr bias, ptr sums, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
+            bool a_turned, bool b_turned, int64_t dtype);
 
 // optim.cpp. Lists of tensors, of n elements each.
 void square_sum(ptr sum, std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype);  // added to *sum, a float64

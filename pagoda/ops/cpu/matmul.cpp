@@ -23,13 +23,16 @@ template <class Cell> struct Product {
   T* out;           // (m, n)
   const T *a, *b;   // (m, k) or turned (k, m); (k, n) or turned (n, k)
   const T* bias;    // (n), or null
+  float* sums;      // (m), of a's rows, where a lies turned; or null
   int64_t m, n, k, a_stride, b_stride;
   bool a_turned, b_turned;
 
   int64_t cells() const { return (k + Cell::PER_CELL - 1) / Cell::PER_CELL; }
 
-  // W columns of a (k, columns) matrix: to[i * stride + j] is cell i of column j, zeros where there are fewer columns.
-  void pack_columns(const T* from, int64_t from_stride, int64_t columns, float* to, int64_t stride) const {
+  // W columns of a (k, columns) matrix: to[i * stride + j] is cell i of column j, zeros where there are fewer columns. Each
+  // column's sum goes to `sums`, unless that is null.
+  void pack_columns(const T* from, int64_t from_stride, int64_t columns, float* to, int64_t stride, float* sums = nullptr) const {
+    vf total = zero();
     for (int64_t i = 0; i < cells(); i++, to += stride) {
       const T* row = from + i * Cell::PER_CELL * from_stride;
       if constexpr (Cell::PER_CELL == 2) {
@@ -42,10 +45,14 @@ template <class Cell> struct Product {
           next = part[1];
         }
         interleave(row, next, to);
+        if (sums) total = add(total, add(load(row), load(next)));
       } else {
-        store(to, columns < W ? load_part(row, int(columns)) : load(row));
+        const vf cells = columns < W ? load_part(row, int(columns)) : load(row);
+        store(to, cells);
+        total = add(total, cells);
       }
     }
+    if (sums) columns < W ? store_part(sums, total, int(columns)) : store(sums, total);
   }
 
   // The same of a (columns, k) matrix.
@@ -92,6 +99,7 @@ template <class Cell> struct Product {
 
   // Rows first .. last - 1 of the columns begin .. end - 1.
   void part(int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    if (begin == end) return;
     const int64_t depth = cells();
     const int64_t at_once = a_turned ? std::max<int64_t>(KEPT / (depth * 4 * W), 1) * W : last - first;
     static thread_local std::vector<float> memory;
@@ -102,7 +110,8 @@ template <class Cell> struct Product {
     for (int64_t top = first; top < last; top += at_once) {
       const int64_t bottom = std::min(last, top + at_once);
       if (a_turned)
-        for (int64_t r = top; r < bottom; r += W) pack_columns(a + r, a_stride, m - r, packed_a + (r - top) * depth, W);
+        for (int64_t r = top; r < bottom; r += W)
+          pack_columns(a + r, a_stride, m - r, packed_a + (r - top) * depth, W, sums && !begin ? sums + r : nullptr);
       for (int64_t j = begin; j < end; j += COLUMNS) {
         for (int64_t c = j; c < j + COLUMNS; c += W) {
           float* to = columns + (c - j);
@@ -133,11 +142,12 @@ template <class Cell> struct Product {
 }  // namespace
 
 // out (m, n) = a (m, k) b (k, n) + bias, in float32 or bf16. Turned matrices lie the other way round in memory; a that is
-// not, in bf16, has an even stride, and k is even. There is some of each: k is not 0.
-void matmul(ptr out, ptr a, ptr b, ptr bias, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride, bool a_turned,
-            bool b_turned, int64_t dtype) {
+// not, in bf16, has an even stride, and k is even. There is some of each: k is not 0. Where a lies turned, `sums` takes the
+// sums of its rows (m), in float32.
+void matmul(ptr out, ptr a, ptr b, ptr bias, ptr sums, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
+            bool a_turned, bool b_turned, int64_t dtype) {
   if (dtype == BF16)
-    Product<PairsOfBf16>{(bf16*)out, (bf16*)a, (bf16*)b, (bf16*)bias, m, n, k, a_stride, b_stride, a_turned, b_turned}.run();
+    Product<PairsOfBf16>{(bf16*)out, (bf16*)a, (bf16*)b, (bf16*)bias, (float*)sums, m, n, k, a_stride, b_stride, a_turned, b_turned}.run();
   else
-    Product<Float32>{(float*)out, (float*)a, (float*)b, (float*)bias, m, n, k, a_stride, b_stride, a_turned, b_turned}.run();
+    Product<Float32>{(float*)out, (float*)a, (float*)b, (float*)bias, (float*)sums, m, n, k, a_stride, b_stride, a_turned, b_turned}.run();
 }
