@@ -335,13 +335,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        parts = ctx.saved_tensors[:3]
-        whole = _joined(*parts)
+        kept = ctx.saved_tensors
+        whole = _joined(*kept[:3])
         if whole is None:
-            places = _backward(grad, *ctx.saved_tensors, *ctx.options)
+            places = _backward(grad, *kept, *ctx.options)
         else:
-            places = torch.empty_like(whole).split([x.shape[1] for x in parts], dim=1)
-            _leave(places, grad, *ctx.saved_tensors, *ctx.options)
+            places = torch.empty_like(whole).split([x.shape[1] for x in kept[:3]], dim=1)
+            _leave(places, grad, *kept, *ctx.options)
         return *places, None, None, None, None, None, None
 
 

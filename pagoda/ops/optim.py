@@ -51,7 +51,9 @@ def adamw_takes(tensors: list[Adam]) -> bool:
 
 def adamw_(tensors: list[Adam], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """A step of AdamW (Loshchilov and Hutter 2019) in place, as PyTorch's fused one, in float32 whatever the type.
-    `step` is a float32 number that counts up."""
+    `step` is a float32 number that counts up. bf16 is rounded up or down by chance, in proportion (Gupta et al. 2015,
+    "Deep Learning with Limited Numerical Precision"): rounded to the nearest, most steps of a weight would be lost, and
+    the average of the squares would not shrink. The chance is a function of step and place: the same in every run."""
     if tensors:
         lists, sizes = [cpu.pointers(*ts) for ts in zip(*tensors)], [own[0].numel() for own in tensors]
         cpu.kernels.adamw(*lists, sizes, cpu.DTYPE[tensors[0][0].dtype], lr, *betas, eps, weight_decay)

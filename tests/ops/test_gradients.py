@@ -337,3 +337,25 @@ def test_adamw_is_torchs_in_float64(path, two_threads, dtype):
         torch.testing.assert_close(mine[0].double(), p.detach(), rtol=tolerance, atol=tolerance)
         assert torch.equal(mine[0], other[0])
     assert [int(t[4]) for t in ours] == [2, 3, 3, 3]
+
+
+def test_adamw_in_bf16_rounds_by_chance(kernels, two_threads):
+    """Steps of a fortieth of what bf16 can tell apart add up; the same in every run. NaN stays."""
+
+    def after(steps):
+        p, grad = torch.ones(20000, dtype=torch.bfloat16), torch.ones(20000, dtype=torch.bfloat16)
+        own = p, grad, grad.clone(), grad.clone(), torch.full((), 1e5)  # averages that have settled
+        for _ in range(steps):
+            adamw_([own], lr=1e-4, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0)
+        return own
+
+    p, _, average, square, _ = after(50)
+    assert abs(p.double().mean() - 0.995) < 3e-4
+    assert p.unique().numel() > 2  # neighbours of the mean, each by its chance
+    assert abs(average.double().mean() - 1) < 1e-3
+    assert abs(square.double().mean() - 1) < 1e-3
+    assert torch.equal(p, after(50)[0])
+    own = after(1)
+    own[1][7] = torch.nan
+    adamw_([own], lr=1e-4, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0)
+    assert own[0].isnan().nonzero().tolist() == [[7]]
