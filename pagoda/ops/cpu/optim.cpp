@@ -73,7 +73,7 @@ void scale(std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype, double fac
 }
 
 // One step of AdamW (Loshchilov and Hutter 2019). `step` are float32 numbers of steps done, which count up. Parameters and
-// averages in bf16 are rounded by chance, which hangs on the step, the tensor's place in the list, and the element's in it.
+// averages in bf16 are rounded by chance, which depends on the step, the tensor's place in the list, and the element's in it.
 void adamw(std::vector<ptr> x, std::vector<ptr> grad, std::vector<ptr> average, std::vector<ptr> square,
            std::vector<ptr> step, std::vector<int64_t> n, int64_t dtype, double lr, double beta1, double beta2, double eps,
            double decay) {
