@@ -95,10 +95,13 @@ def test_checkpointing_changes_nothing_but_memory(checkpointing, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "plain"), losses(tmp_path / "again"), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_released_gradients_give_the_same_bits(optimizer, tmp_path):
+def test_released_gradients_give_the_same_bits(optimizer, precision, tmp_path):
     for name, release in (("kept", False), ("released", True)):
-        job = make_job(tmp_path / name, options(clip=0, release_gradients=release), optimizer=optimizer)
+        job = make_job(
+            tmp_path / name, options(clip=0, precision=precision, release_gradients=release), optimizer=optimizer
+        )
         train(job)
         assert all(p.grad is None for p in job.model.parameters())
     last = "checkpoints/step-6"

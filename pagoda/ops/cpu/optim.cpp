@@ -73,7 +73,7 @@ void scale(std::vector<ptr> x, std::vector<int64_t> n, int64_t dtype, double fac
 }
 
 // One step of AdamW (Loshchilov and Hutter 2019). `step` are float32 numbers of steps done, which count up. Parameters and
-// averages in bf16 are rounded by chance, which depends on the step, the tensor's place in the list, and the element's in it.
+// averages in bf16 are rounded by chance, which depends on the step and the element's place alone: not on what else is stepped.
 void adamw(std::vector<ptr> x, std::vector<ptr> grad, std::vector<ptr> average, std::vector<ptr> square,
            std::vector<ptr> step, std::vector<int64_t> n, int64_t dtype, double lr, double beta1, double beta2, double eps,
            double decay) {
@@ -87,7 +87,7 @@ void adamw(std::vector<ptr> x, std::vector<ptr> grad, std::vector<ptr> average, 
       T *w = at(x), *m = at(average), *v = at(square);
       const T* g = at(grad);
       const double steps = *(const float*)step[piece.tensor];
-      const uint32_t first = uint32_t(steps) * 0x9e3779b9u + uint32_t(piece.tensor) * 0x85ebca6bu + uint32_t(piece.begin);
+      const uint32_t first = uint32_t(steps) * 0x9e3779b9u + uint32_t(piece.begin);
       const vf rate = set1(float(lr / (1 - std::pow(beta1, steps)))), unbias = set1(float(1 / std::sqrt(1 - std::pow(beta2, steps))));
       for_each_vector(piece.n, [&](int64_t i, auto load, auto store) {
         const vf a = load(g + i), mean = fma(a, new1, mul(load(m + i), keep1));
