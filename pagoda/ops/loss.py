@@ -77,10 +77,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         hidden, weight, targets, bias = ctx.saved_tensors
-        scored = upstream[:1] if upstream.stride(0) == 0 else upstream[targets != IGNORE]  # one number for all, or not
-        factor = float(scored[0]) if len(scored) else 1.0
         grads, ctx.grads = ctx.grads, None
-        if grads is None or not bool((scored == factor).all()):  # a second way back, or tokens that weigh differently
+        if upstream.stride(0) == 0 and len(upstream):  # one number for all, which nobody has to look at
+            factor, uniform = upstream[0], True
+        else:
+            scored = upstream[targets != IGNORE]
+            factor = float(scored[0]) if len(scored) else 1.0
+            uniform = bool((scored == factor).all())
+        if grads is None or not uniform:  # a second way back, or tokens that weigh differently
             weight = ctx.packed or weight
             _, grads = _with_gradients(hidden, weight, targets, bias, upstream, ctx.needs_input_grad, *ctx.options)
             factor = 1.0

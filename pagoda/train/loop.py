@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pagoda.common import PagodaError, keep_heap, trim_heap
@@ -27,6 +28,7 @@ from pagoda.peft import adapter
 from pagoda.train.objective import Objective, Source
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
+from pagoda.train.repeat import Gradients, Repeated, repeats
 from pagoda.train.run import Progress, Run, latest_checkpoint
 from pagoda.train.schedule import multiplier
 from pagoda.train.watch import Watcher, clock
@@ -59,6 +61,9 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     released: list[float] = field(default_factory=list)  # squared norms of gradients that are gone already
 
+    def __post_init__(self):
+        self.gradients: Gradients = partial(gradients, self)
+
 
 def train(job: Job) -> Progress:
     """Train until the options say that it is enough, or until the process is asked to stop (SIGTERM): then it saves.
@@ -70,6 +75,8 @@ def train(job: Job) -> Progress:
     asked_to_stop = []
     if o.release_gradients:
         release_gradients(job)
+    if job.method is None and getattr(job.objective, "pure", False) and repeats(job.model, o, workers.device):
+        job.gradients = Repeated(job.model, partial(gradients, job))
     before = signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     keep_heap()
     gc.freeze()  # what there is stays: looking through it for garbage took a millisecond a step
@@ -123,13 +130,7 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
     for i, micro in enumerate(rows):
         if hasattr(model, "reshard") and o.sharding == "none":  # replicas add their gradients up once
             model.set_requires_gradient_sync(i == len(rows) - 1)
-        loss = job.objective(model, to_device(micro, job.workers.device)) / max(scored, 1)
-        if job.method is not None:
-            loss = loss + job.method.extra_loss() / (len(rows) * job.workers.size)
-        total += loss.detach()
-        if o.release_gradients:
-            check_finite(job, float(total), 0.0)  # behind the backward pass it would be too late
-        (loss * job.workers.size).backward()  # the processes' gradients are averaged
+        total += job.gradients(micro, scored)
     if job.workers.size > 1 and not hasattr(model, "reshard"):
         job.workers.average_gradients(model)
     if o.release_gradients:
@@ -147,6 +148,18 @@ def step(job: Job, rows: list[Rows], scored: float) -> tuple[float, float, float
         job.method.after_step(job.progress.step)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, lr
+
+
+def gradients(job: Job, micro: Rows, scored: float) -> Tensor:
+    """Both ways through the model for one micro-batch: its part of the loss. The gradients are added to those there."""
+    o, workers = job.options, job.workers
+    loss = job.objective(job.model, to_device(micro, workers.device)) / max(scored, 1)
+    if job.method is not None:
+        loss = loss + job.method.extra_loss() * o.micro_batch_size / o.global_batch_size
+    if o.release_gradients:
+        check_finite(job, float(loss.detach()), 0.0)  # behind the backward pass it would be too late
+    (loss * workers.size).backward()  # the processes' gradients are averaged
+    return loss.detach()
 
 
 def check_finite(job: Job, loss: float, norm: float) -> None:

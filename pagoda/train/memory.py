@@ -20,10 +20,12 @@ from pagoda.models.batch import Batch
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import set_weight
 from pagoda.ops import cpu
+from pagoda.ops.cpu.record import Recording
 from pagoda.ops.loss import BLOCK, CHUNK_BYTES
 from pagoda.train.optim import make_optimizer, state_bytes, step_bytes
 from pagoda.train.options import Train
 from pagoda.train.parallel import Workers
+from pagoda.train.repeat import repeats
 
 GIB = 2**30
 
@@ -49,10 +51,12 @@ class Memory:
 
 @dataclass
 class Activations:
-    """Bytes that one row leaves for the backward pass: each block, and all else."""
+    """Bytes that one row leaves for the backward pass: each block, and all else; or, of steps that are repeated, all
+    that is made in a step and stays."""
 
     block: int
     rest: int
+    repeated: bool = False
 
 
 def check_memory(
@@ -110,12 +114,12 @@ def estimate(model: GPT, optimizer: str, o: Train, workers: Workers, kept: Activ
     activations = rows * kept.rest + (n_layer - again) * rows * kept.block + again * passed
     logits = head_bytes(model, n_tokens, compute, used, workers.device)
     begin = gathered + activations + logits
-    if o.global_batch_size > rows * workers.size:  # micro-batches before this one have left theirs
+    if o.global_batch_size > rows * workers.size or kept.repeated:  # what came before has left its own
         begin += gradients
     end = rows * kept.block + reduced
     if model.embed.weight is model.head.weight and getattr(model.embed.weight, "requires_grad", False):
         end += model.embed.weight.numel() * used  # a second gradient of the same weight
-    end = gradients + max(end, moment)
+    end = gradients + max(end, moment) + (activations if kept.repeated else 0)
     data = n_tokens * 16
     peak = program + weights + state + data + max(begin, end, parameters if shards > 1 else 0)
     return Memory(program, weights + gathered, gradients, state, activations, logits, data, peak)
@@ -145,10 +149,11 @@ def rehearse(
 ) -> Activations:
     """Steps of the same model with one block and with two, on one row. What a run leaves in a process whatever its
     size, modules imported late and code that PyTorch compiles for its products, is there afterwards."""
+    repeated = dress is None and repeats(model, o, device)
     with torch.random.fork_rng():
-        one, two = (kept_bytes(shortened(model, n), optimizer, o, device, dress) for n in (1, 2))
+        one, two = (kept_bytes(shortened(model, n), optimizer, o, device, dress, repeated) for n in (1, 2))
     trim_heap()
-    return Activations(two - one, 2 * one - two)
+    return Activations(two - one, 2 * one - two, repeated)
 
 
 def shortened(model: GPT, n_layer: int) -> GPT:
@@ -163,8 +168,11 @@ def shortened(model: GPT, n_layer: int) -> GPT:
         return type(model)(replace(c, vocab_size=min(c.vocab_size, 256), **layers))
 
 
-def kept_bytes(model: GPT, optimizer: str, o: Train, device: torch.device, dress: Callable[[GPT], None] | None) -> int:
-    """Bytes of one row that autograd keeps for the backward pass of a step, parameters not counted."""
+def kept_bytes(
+    model: GPT, optimizer: str, o: Train, device: torch.device, dress: Callable[[GPT], None] | None, repeated: bool
+) -> int:
+    """Bytes of one row that autograd keeps for the backward pass of a step, or that a recording keeps; parameters and
+    gradients not counted."""
     dtype = torch.bfloat16 if o.precision == "bf16" or (dress and o.precision == "mixed") else torch.float32
     for name, p in list(model.named_parameters()):
         module, _, leaf = name.rpartition(".")
@@ -187,11 +195,21 @@ def kept_bytes(model: GPT, optimizer: str, o: Train, device: torch.device, dress
         return t
 
     tokens = torch.zeros(o.seq_len, dtype=torch.int64, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(tokens, Batch.of([o.seq_len], device), targets=tokens).sum()
-    size = sum(s.nbytes() for s in kept.values())
-    kept.clear()
-    loss.backward()
+
+    def both_ways() -> torch.Tensor:
+        nonlocal size
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(tokens, Batch.of([o.seq_len], device), targets=tokens).sum()
+        size = sum(s.nbytes() for s in kept.values())
+        kept.clear()
+        loss.backward()
+        return loss.detach()
+
+    size = 0
+    if not repeated:
+        both_ways()
+    elif (recording := Recording(both_ways, operations=True)).complete:
+        size = recording.nbytes - 2 * sum(p.nbytes for p in model.parameters())
     make_optimizer(optimizer, model.named_parameters(), 0.0).step()
     return size
 

@@ -6,7 +6,7 @@ The loop divides the sums of all micro-batches and processes by the number of sc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class Source(Protocol):
 
 
 class Objective(Protocol):
+    """One that says `pure` depends on nothing but model and rows: what it does on the first is done on others again."""
+
     def __call__(self, model: GPT, rows: Rows) -> Tensor:
         """The sum of the losses (nats) of all scored tokens, a scalar with a gradient."""
 
@@ -35,6 +37,7 @@ class NextToken:
     """Predict every scored token from those before it in its document: pretraining, and supervised finetuning."""
 
     z_loss: float = 0.0
+    pure: ClassVar[bool] = True
 
     def __call__(self, model: GPT, rows: Rows) -> Tensor:
         device = rows.tokens.device

@@ -110,3 +110,34 @@ def test_rows_of_a_plain_matrix(kernels, dtype, columns):
     for bad in (11, -1):
         with pytest.raises(IndexError):
             embedding(torch.tensor([bad]), weight)
+
+
+def test_operations_between_kernels_are_repeated_too(kernels, threads):
+    """Both ways through a small network: additions, a lookup and its gradient, and gradients that are added up."""
+    table, weight = (torch.randn(n, 64, requires_grad=True) for n in (50, 64))
+    ids = torch.randint(50, (20,))
+
+    @torch.enable_grad()
+    def function():
+        x = torch.nn.functional.embedding(ids, table)
+        y = add_rms_norm(x, linear(x, weight), table[0], 1e-5)[1]
+        loss = (linear(y + x, table).logsumexp(-1) * 2.0).sum() / 3
+        table.grad = weight.grad = None
+        loss.backward()
+        return loss.detach()
+
+    recording = Recording(function, operations=True)
+    grads = table.grad, weight.grad
+    assert recording.complete
+    for _ in range(3):
+        ids.copy_(torch.randint(50, (20,)))
+        table.add_(0.1)
+        found = [t.clone() for t in (recording(), *grads)]
+        expected = function(), table.grad, weight.grad
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_depends_on_values_makes_a_recording_incomplete(kernels):
+    x = torch.randn(8)
+    for function in (lambda: x * float(x[0]), lambda: x[x > 0] + 1, lambda: x + x.nonzero()[0]):
+        assert not Recording(function, operations=True).complete

@@ -12,10 +12,21 @@ from helpers import LLAMA, Noise, losses, make_job, metrics, options, weights
 from tiny import GPT2, KV, NEOX
 
 from pagoda.common import PagodaError
+from pagoda.data.shards import Rows
 from pagoda.models.batch import Batch
 from pagoda.models.loader import load
+from pagoda.ops import cpu
 from pagoda.train.loop import gradient_norm, train
+from pagoda.train.repeat import Repeated
 from pagoda.train.run import latest_checkpoint
+
+
+class Uneven(Noise):
+    """Now and then, twice or three times in a row, rows of another shape."""
+
+    def rows(self, first: int, n: int) -> Rows:
+        return Noise(parts=(5, 11) if first // 2 in (4, 5, 8, 9, 10) else (16,)).rows(first, n)
+
 
 FAMILIES = {"llama": KV, "gpt_neox": NEOX, "gpt2": {**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}}
 
@@ -167,6 +178,27 @@ def test_old_checkpoints_go(tmp_path):
     train(make_job(tmp_path, options(max_steps=8, save_interval=1, keep_last=2, keep_every=3)))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-3", "step-6", "step-7", "step-8"]
     assert (tmp_path / "latest").read_text() == "step-8"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_repeated_steps_give_the_same_bits(family, precision, tmp_path, monkeypatch):
+    """Steps by recorded calls and steps by Python, evaluations between them, and now and then rows of another shape."""
+
+    o = options(max_steps=14, save_interval=7, precision=precision, eval_interval=5, z_loss=1e-3)
+    hf = {**FAMILIES[family], "model_type": family}
+    ends = []
+    for name in ("recorded", "plain"):
+        job = make_job(tmp_path / name, o, hf=hf, data=Uneven())
+        job.evaluate = lambda job: {"val_loss": float(job.objective(job.model, job.data.rows(500, 3)).detach())}
+        if name == "plain":
+            monkeypatch.setattr("pagoda.train.loop.repeats", lambda *_: False)
+        train(job)
+        repeated = name == "recorded" and cpu.kernels is not None
+        assert isinstance(job.gradients, Repeated) == repeated
+        assert not repeated or job.gradients.recording is not None
+        ends.append((metrics(tmp_path / name), weights(latest_checkpoint(tmp_path / name))))
+    assert ends[0] == ends[1]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

@@ -12,30 +12,36 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from pagoda.ops import cpu
 
 _ALLOCATIONS = {
     getattr(torch.ops.aten, name).default for name in ("empty_like", "new_empty", "empty_strided", "new_empty_strided")
 } | {torch.ops.aten.empty.memory_format}
+_BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # shapes, or Python, depend on values
 
 
 class Recording:
     """Runs `function()` once; calling the recording runs its kernels again and returns the same output tensor.
 
-    `complete` says whether it did nothing but call kernels. Otherwise there is nothing to repeat, and the function has
-    to be called as usual.
+    Without `operations` the function may make memory and call kernels, and nothing else. With them, what PyTorch
+    computes between the kernels is repeated too, into the same memory, as long as neither shapes nor Python depend on
+    values. `complete` says whether that is so. Otherwise there is nothing to repeat, and the function has to be called
+    as usual.
     """
 
-    def __init__(self, function: Callable[[], Tensor]):
+    def __init__(self, function: Callable[[], Tensor], operations: bool = False):
         self.calls: list[tuple[Callable, tuple]] = []
-        self.program = cpu.kernels.Program()  # the same calls, for the extension to make
-        self.kept: list[Tensor] = []  # the memory that the calls point into
-        self.complete = True
+        self.operations, self.complete = operations, True
+        self.parts: list[Callable[[], object]] = []  # the same: programs for the extension, and operations
+        self.kept: list[torch.UntypedStorage] = []  # the memory that the calls point into
         real, cpu.kernels = cpu.kernels, _Kernels(cpu.kernels, self.calls)
         try:
             with _Watch(self):
@@ -43,17 +49,29 @@ class Recording:
         finally:
             cpu.kernels = real
         if self.complete:
-            for kernel, args in self.calls:
-                if kernel.__name__ in ("linear", "linear_many"):
-                    self.program.next_reads([args[1]] if kernel.__name__ == "linear" else args[1])
-                getattr(self.program, kernel.__name__)(*args)
+            self._divide()
         else:
-            self.kept.clear()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in self.kept}
-        self.nbytes = sum(storage.nbytes() for storage in storages.values())  # of the memory that it keeps
+            self.calls.clear(), self.kept.clear()
+        storages = {s.data_ptr(): s.nbytes() for s in self.kept}
+        self.nbytes = sum(storages.values())  # of the memory that it keeps
+
+    def _divide(self) -> None:
+        program = None
+        for call, args in self.calls:
+            if isinstance(call, _Operation):
+                self.parts.append(call)
+                program = None
+                continue
+            if program is None:
+                program = cpu.kernels.Program()
+                self.parts.append(program)
+            if call.__name__ in ("linear", "linear_many"):
+                program.next_reads([args[1]] if call.__name__ == "linear" else args[1])
+            getattr(program, call.__name__)(*args)
 
     def __call__(self) -> Tensor:
-        self.program()
+        for part in self.parts:
+            part()
         return self.output
 
     def seconds(self, times: int = 20) -> dict[str, float]:
@@ -86,6 +104,21 @@ class _Kernels:
         return call
 
 
+class _Operation:
+    """What PyTorch computed, to be computed again with what stands in the same memory then."""
+
+    def __init__(self, func: OpOverload, args: tuple, kwargs: dict, out: object):
+        self.__name__ = str(func)
+        # Other tensors of the same memory: who else holds a gradient must not find it shared.
+        args, kwargs, made = tree_map_only(Tensor, Tensor.detach, (args, kwargs, _tensors(out)))
+        self.run, self.made = partial(func, *args, **kwargs), [] if func._schema.is_mutable else made
+
+    def __call__(self) -> None:
+        out = self.run()
+        for to, new in zip(self.made, _tensors(out)):
+            to.copy_(new)
+
+
 class _Watch(TorchDispatchMode):
     """Sees what PyTorch does meanwhile: it may make memory, or look at memory in another shape, and nothing else."""
 
@@ -98,11 +131,21 @@ class _Watch(TorchDispatchMode):
         self.recording = recording
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
-        self.recording.kept += made
-        if func not in _ALLOCATIONS and not func.is_view:
-            given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-            views = made and all(t.untyped_storage().data_ptr() in given for t in made)
-            self.recording.complete &= bool(views) and not func._schema.is_mutable
+        out, recording = func(*args, **(kwargs or {})), self.recording
+        made = _tensors(out)
+        recording.kept += [t.untyped_storage() for t in made]
+        if func in _ALLOCATIONS or func.is_view:
+            return out
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        views = made and all(t.untyped_storage().data_ptr() in given for t in made)
+        if views and not func._schema.is_mutable:
+            return out
+        if recording.operations and not _BY_VALUE & set(func.tags):
+            recording.calls.append((_Operation(func, args, kwargs or {}, out), ()))
+        else:
+            recording.complete = False
         return out
+
+
+def _tensors(out: object) -> list[Tensor]:
+    return [t for t in (out if isinstance(out, list | tuple) else [out]) if isinstance(t, Tensor)]
