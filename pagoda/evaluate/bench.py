@@ -1,7 +1,8 @@
 """How fast a model runs here, and which share of the machine's own ceilings that is.
 
 Decoding has to read every weight and the whole cache once a token, so memory bandwidth bounds it; prefill is bound by
-the rate of matrix products. Both ceilings are measured in the same run, with PyTorch's own operations.
+the rate of matrix products. Both ceilings are measured in the same run, with PyTorch's own operations, products also
+with our kernel where there is one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pagoda.models.layers import weights_of
 from pagoda.ops import cpu
 from pagoda.ops.cpu.record import Recording
 from pagoda.ops.formats import PackedWeight
+from pagoda.ops.linear import multiplies, multiply
 
 
 @dataclass
@@ -66,7 +68,7 @@ def bench(
     decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
     recordings = [d.recording for d in engine.runner.decoders.values() if isinstance(d.recording, Recording)]
     step = recordings[-1].seconds() if recordings and recordings[-1].complete else {}
-    read, gemm = read_bandwidth(model.device), gemm_rate(model.dtype, model.device)
+    read, gemm = read_bandwidth(model.device), gemm_rate(product_type(model), model.device)
     moved = decode_bytes(model, kv_dtype, prompt_tokens + new_tokens // 2, batch)
     flops = model.flops_per_token(prompt_tokens)
     # The head runs for each prompt's last token alone.
@@ -99,15 +101,22 @@ def read_bandwidth(device: torch.device) -> float:
     return x.numel() * 4 / best_time(lambda: x.sum(), 10)
 
 
+def product_type(model: GPT) -> torch.dtype:
+    """The type whose rate of products is the model's ceiling: bf16 where weights are packed, but in float32."""
+    packed = [w for _, w in weights_of(model) if isinstance(w, PackedWeight) and w.format != "float32"]
+    return torch.bfloat16 if packed else model.dtype
+
+
 def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of a 512 x 2048 x 2048 product (on a GPU 8192 in all directions, so that launching it does
-    not count): the best of ten. In float32 where bf16 is emulated."""
+    not count): the best of ten, by PyTorch or by our kernel. In float32 where bf16 is emulated."""
     if dtype == torch.bfloat16 and device.type == "cpu" and cpu.emulates(torch.empty(0, dtype=dtype)):
         dtype = torch.float32
     m, n = (512, 2048) if device.type == "cpu" else (8192, 8192)
     own = torch.Generator(device)  # a run that is going on draws what it would have drawn
     a, b = (torch.randn(rows, n, dtype=dtype, device=device, generator=own) for rows in (m, n))
-    return 2 * m * n * n / best_time(lambda: a @ b, 10)
+    products = [torch.mm, multiply] if multiplies(a, b) else [torch.mm]
+    return 2 * m * n * n / min(best_time(lambda product=product: product(a, b), 10) for product in products)
 
 
 def best_time(function: Callable, times: int) -> float:
