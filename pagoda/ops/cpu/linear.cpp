@@ -60,8 +60,8 @@ struct Product {
 };
 
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
-constexpr int64_t AHEAD = 8192;       // bytes of 4-bit weights asked for in advance; what needs less work for a byte is read
-                                      // faster as it comes, one tile behind the other: the CPU sees that by itself
+constexpr int64_t AHEAD = 8192;       // bytes of weights that one row asks for in advance; but 8-bit ones are read faster as
+                                      // they come, one tile behind the other: the CPU sees that by itself
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
@@ -443,7 +443,7 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R) {
     const int64_t at = step * TILE * 4 + AHEAD, ahead = at < size ? at : at + (T - 1) * size;
     UNROLL for (int t = 0; t < T * PARTS; t++) {
-      if (View::NARROW > 1 && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
+      if ((View::NARROW > 1 || R == 1) && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
       typename View::V v[View::COUNT];
       views[t / PARTS].load(step, t % PARTS, v);
       UNROLL for (int i = 0; i < View::COUNT; i++)
@@ -569,7 +569,7 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
   const int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
   const int64_t tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_groups = task.rows.n_groups;
   const int64_t n_residuals = count_residuals(n_blocks);
-  const bool few = share.bands == 1 && n_groups <= 8;  // rows in whose time the next chunk has to come from memory
+  const bool few = task.rows.n > 1 && share.bands == 1 && n_groups <= 8;  // in their time the next chunk has to come from memory
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[MAX_ROWS * TILE];
   for (int64_t from = share.begin; from < share.end; from += chunk)
