@@ -26,7 +26,7 @@
 
 namespace {
 
-constexpr int64_t DECODE_QUERIES = 8, CHUNK = 128;
+constexpr int64_t DECODE_QUERIES = 8, CHUNK = 64;
 constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
 constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
@@ -42,7 +42,7 @@ template <class T> struct Rows {
   }
 };
 
-// Rows that will be needed, of the heads first .. last - 1, fetched into the L2 cache a little at a time in the order in
+// Rows that will be needed, of the heads first .. last - 1, fetched into all caches a little at a time in the order in
 // which they lie in memory: that decides, by a factor of two, how fast they come.
 template <class T> struct Ahead {
   const T *const *row, *const *end;
@@ -55,7 +55,7 @@ template <class T> struct Ahead {
   INLINE void next(int64_t keys) {  // one head of each
     for (int64_t i = keys * lines; i > 0; i--, now += 64) {
       if (now >= until && !follow()) return;
-      __builtin_prefetch(now, 0, 2);
+      __builtin_prefetch(now);
     }
   }
 
