@@ -64,7 +64,7 @@ class Repeated:
         recording = Recording(lambda: self.gradients(mine, scored), operations=True)
         if recording.complete:
             self.recording = recording
+            self.left = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         else:
             self.recordings = 2**62  # it would not be the next time either
-        self.left = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         return recording.output

@@ -120,7 +120,7 @@ class _Operation:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees what PyTorch does meanwhile: it may make memory, or look at memory in another shape, and nothing else."""
+    """Sees what PyTorch does meanwhile: it may make memory, view it in another shape, and compute what is repeated."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
