@@ -60,8 +60,8 @@ struct Product {
 };
 
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
-constexpr int64_t AHEAD = 8192;       // bytes of weights that one row asks for in advance; but 8-bit ones are read faster as
-                                      // they come, one tile behind the other: the CPU sees that by itself
+constexpr int64_t AHEAD = 8192;       // bytes of weights that the first rows ask for in advance; but one row reads 8-bit ones
+                                      // faster as they come, one tile behind the other: the CPU sees that by itself
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
@@ -240,15 +240,9 @@ template <int BITS, int R> INLINE void dot_block(const uint8_t* q, const int32_t
   }
 }
 
-// What a pass of some rows over a tile fetches for later: of the tile that begins at `from` one block of `every`.
-struct Later {
-  const uint8_t* from;  // null: nothing
-  int64_t every, first;
-};
-
-// sums (R, 16) of one tile.
+// sums (R, 16) of one tile. Whether it comes from memory: what is AHEAD is then asked for.
 template <int BITS, Scales SCALES, int R>
-void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, const Later& later, float* sums) {
+void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, bool from_memory, float* sums) {
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
   const int32_t* offsets = BITS == 8 ? (SIGNED_BIAS ? x.offset8 : nullptr) : (w.zero_point ? x.offset4 : nullptr);
   for (int part = 0; part < PARTS; part++) {
@@ -257,11 +251,10 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, const Later&
     const f16* minimum = w.minimums + tile * n_groups * TILE + part * W;
     vf acc[R];
     UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
-    int64_t left = w.group, fetched = later.from && part == 0 ? later.first : n_blocks;
+    int64_t left = w.group;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
       const int32_t* quads = x.quads + b * 8 * R;
-      if (R == 1 && BITS == 4) prefetch(q + AHEAD, 64 * BITS);
-      else if (b == fetched) prefetch<2>(later.from + b * 64 * BITS, 64 * BITS), fetched += later.every;
+      if (from_memory && part == 0) prefetch(q + AHEAD, 64 * BITS);
       vi dot[R];
       UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
       dot_block<BITS, R>(q, quads, dot);
@@ -301,7 +294,7 @@ template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Resi
   }
 }
 
-using IntegerTile = void (*)(const Weight&, int64_t, const Int8Rows&, const Later&, float*);
+using IntegerTile = void (*)(const Weight&, int64_t, const Int8Rows&, bool, float*);
 template <int BITS, Scales SCALES, int... R>
 constexpr std::array<IntegerTile, sizeof...(R)> integer_tiles(std::integer_sequence<int, R...>) {
   return {integer_tile<BITS, SCALES, R + 1>...};
@@ -567,20 +560,18 @@ void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile,
 void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   const int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
-  const int64_t tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_groups = task.rows.n_groups;
   const int64_t n_residuals = count_residuals(n_blocks);
-  const bool few = task.rows.n > 1 && share.bands == 1 && n_groups <= 8;  // in their time the next chunk has to come from memory
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[MAX_ROWS * TILE];
   for (int64_t from = share.begin; from < share.end; from += chunk)
     for (int64_t group = share.first(task.rows.n_groups); group < share.last(task.rows.n_groups); group++) {
       int R = task.rows.count(group);
       int64_t row = task.rows.first(group);
+      const bool from_memory = group == share.first(task.rows.n_groups) && (w.kind == BITS4 || task.rows.n > 1);
       IntegerTile multiply = integer_kernel(w, R);
       Int8Rows x = task.x.int8.group(row * n_blocks, R);
       for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
-        const bool more = few && tile + chunk < share.end;
-        multiply(w, tile, x, {more ? w.quants + (tile + chunk) * tile_bytes : nullptr, n_groups, group}, sums);
+        multiply(w, tile, x, from_memory, sums);
         if (w.fine)
           for (int r = 0; r < R; r++)
             refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);

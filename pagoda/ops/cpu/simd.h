@@ -454,8 +454,8 @@ INLINE vf tanh(vf x) {  // 1 - 2 / (e^2|x| + 1), and the odd series near 0 where
   return copysign(where_less(a, set1(0.25f), near, far), x);
 }
 
-template <int LEVEL = 1> INLINE void prefetch(const void* p, int64_t bytes) {  // into the L1 or the L2 cache
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 4 - LEVEL);
+INLINE void prefetch(const void* p, int64_t bytes) {  // into all caches
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
 }
 
 // Runs f(T{}) with the element type of a dtype code.
