@@ -110,16 +110,18 @@ def test_closing_lets_the_running_finish_within_its_time(model):
         served = AsyncEngine(engine_of(model))
         served.start()
         stream = served.submit(Request([5], Sampling(temperature=0, max_new_tokens=390, ignore_eos=True)))
-        reader = asyncio.create_task(last(stream))
-        await asyncio.sleep(0.05)
+        begun = asyncio.Event()
+        reader = asyncio.create_task(last(stream, begun))
+        await begun.wait()
         start = time.perf_counter()
         await served.close(seconds)
         with pytest.raises(PagodaError, match="closing"):
             served.submit(Request([5], GREEDY))
         return await reader, time.perf_counter() - start
 
-    async def last(stream):
+    async def last(stream, begun):
         async for piece in stream:
+            begun.set()
             reason = piece.finish_reason
         return reason
 
