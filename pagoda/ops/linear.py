@@ -178,7 +178,10 @@ def _scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.dev
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        if not (cpu.MULTIPLIES and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)):
+            return F.linear(x, weight.to(x.dtype), bias)
+        return _compiled(x.flatten(0, -2), weight.to(x.dtype), bias).view(*x.shape[:-1], len(weight))
     if torch.is_grad_enabled():
         small = x.nbytes <= SMALL and not cpu.MULTIPLIES and not hasattr(x, "recipe") and not cpu.emulates(x)
         if weight.dtype == x.dtype and (small or not x.is_cpu):  # PyTorch's own way back costs less Python
@@ -273,3 +276,33 @@ class _PackedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         return linear_transposed(grad, ctx.weight), None
+
+
+# And as operations that torch.compile takes as they are: its own product, and the two ways back, as a step of Python's.
+
+
+@torch.library.custom_op("pagoda::product", mutates_args=())
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return product(a, b, a.dtype)
+
+
+@torch.library.custom_op("pagoda::linear", mutates_args=())
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x, weight.t(), x.dtype, bias)
+
+
+_product.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
+_compiled.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _way_back(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
+    d_x, d_weight = _product(grad, weight) if to_x else None, _product(grad.t(), x) if to_weight else None
+    return d_x, d_weight, grad.sum(0) if to_bias else None
+
+
+_compiled.register_autograd(_way_back, setup_context=_keep)

@@ -261,6 +261,27 @@ def test_traced_operations_are_the_references(path):
     check(torch.compile(layer, backend="aot_eager", fullgraph=True), layer, *inputs, slack=5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traced_products(path, dtype, frozen):
+    """Where products are kernels, they are operations of their own, both ways."""
+    x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in ((3, 10, 34), (20, 34), (20,)))
+    weight.requires_grad_(not frozen)
+    inputs, seen, found = [t for t in (x, weight, bias) if t.requires_grad], [], []
+
+    def backend(graph, given):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, given)
+
+    torch._dynamo.reset()
+    for function in (torch.compile(linear, backend=backend, fullgraph=True), linear):
+        y = function(x, weight, bias)
+        found.append([y, *torch.autograd.grad(y, inputs, torch.linspace(-1, 1, 600).view(3, 10, 20).to(dtype))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
+    assert any("pagoda.linear" in target for target in seen) == cpu.MULTIPLIES
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 37, "softcap": 0.7}, {"alibi": SLOPES, "causal": False}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_traced_attention(path, dtype, options):
