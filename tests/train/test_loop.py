@@ -201,6 +201,13 @@ def test_repeated_steps_give_the_same_bits(family, precision, tmp_path, monkeypa
     assert ends[0] == ends[1]
 
 
+def test_hooks_on_modules_are_called_in_every_step(tmp_path):
+    job, calls = make_job(tmp_path, options(max_steps=5)), []
+    job.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    train(job)
+    assert len(calls) == 5
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     job = make_job(tmp_path, options(max_steps=8, save_interval=2))
     objective, calls = job.objective, []
