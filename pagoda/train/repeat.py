@@ -25,12 +25,16 @@ Gradients = Callable[[Rows, float], Tensor]  # (rows, scored tokens of the step)
 
 def repeats(model: GPT, o: Train, device: torch.device) -> bool:
     """Whether steps of a pretraining are small enough to be repeated, and do nothing that a recording cannot hold: what
-    hooks on modules do is Python's."""
+    hooks on modules or parameters do is Python's."""
     c, n_tokens = model.config, o.micro_batch_size * o.seq_len
     stream, logits = 4 * n_tokens * c.n_embd * len(model.layers), 4 * n_tokens * c.vocab_size
     plain = not (c.n_expert or o.compile or o.release_gradients) and o.checkpointing == "none"
     plain &= o.global_batch_size == o.micro_batch_size
-    plain &= not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    hooks = [
+        (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in model.modules()
+    ]
+    hooks += [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
+    plain &= not any(map(any, hooks))
     return cpu.kernels is not None and device.type == "cpu" and plain and MADE * (stream + logits) <= MOST
 
 

@@ -201,9 +201,13 @@ def test_repeated_steps_give_the_same_bits(family, precision, tmp_path, monkeypa
     assert ends[0] == ends[1]
 
 
-def test_hooks_on_modules_are_called_in_every_step(tmp_path):
+@pytest.mark.parametrize("of", ["module", "gradient"])
+def test_hooks_are_called_in_every_step(of, tmp_path):
     job, calls = make_job(tmp_path, options(max_steps=5)), []
-    job.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    if of == "module":
+        job.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    else:
+        job.model.embed.weight.register_hook(lambda grad: calls.append(1))
     train(job)
     assert len(calls) == 5
 
