@@ -33,7 +33,7 @@ def repeats(model: GPT, o: Train, device: torch.device) -> bool:
     hooks = [
         (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in model.modules()
     ]
-    hooks += [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
+    hooks += [[p._backward_hooks, p._post_accumulate_grad_hooks] for p in model.parameters()]
     plain &= not any(map(any, hooks))
     return cpu.kernels is not None and device.type == "cpu" and plain and MADE * (stream + logits) <= MOST
 
