@@ -190,6 +190,12 @@ def test_decode_in_pairs_of_bf16_matches_the_formula(kernels, options, dtype):
     torch.testing.assert_close(got.double(), flat.exact(), rtol=0, atol=2**-7)
 
 
+def test_decode_over_many_thousand_keys_matches_the_formula(kernels):
+    torch.manual_seed(5)
+    flat = Flat([1, 2], [8900, 700], 2, 1, 32, torch.float32, page_size=48)
+    close(flat.run(), flat.exact())
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_ragged_keys_are_read_in_place_from_a_fused_product(kernels, dtype):
     torch.manual_seed(5)
@@ -214,7 +220,7 @@ def test_no_tokens_at_all(kernels):
 @pytest.mark.parametrize("window", [0, 70])
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(kernels, two_threads, dtype, window):
     torch.manual_seed(6)
-    flat = Flat([1, 7, 200, 1, 30], [900, 140, 333, 65, 30], 9, 3, 64, dtype, window=window)
+    flat = Flat([1, 7, 200, 1, 30], [1500, 140, 333, 65, 30], 9, 3, 64, dtype, window=window)
     together = flat.run()
     alone = torch.cat([flat.run(only=s) for s in range(5)])
     assert torch.equal(together, alone)

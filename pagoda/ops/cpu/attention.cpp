@@ -5,9 +5,10 @@
 //
 // decode (at most DECODE_QUERIES queries). Bound: memory, n_keys x 2 x head_size x the cache element's size per key
 //   head. The keys are cut at multiples of CHUNK positions. A thread takes (sequence, chunk, key head) items, reads
-//   each key and value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row;
-//   these are combined in the order of the chunks. Keys and values of bf16 are multiplied in pairs where the CPU does
-//   that, queries and weights rounded to bf16; otherwise in float32.
+//   each key and value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row.
+//   Those of SPAN chunks are merged in their order, then those of the spans; a thread that has all chunks of a span
+//   merges them as it goes, while they are in its cache. Keys and values of bf16 are multiplied in pairs where the CPU
+//   does that, queries and weights rounded to bf16; otherwise in float32.
 // prefill (more queries). Bound: multiplications, 4 x head_size per query head and visible key. A thread takes
 //   (sequence, key head, tile of queries) items and goes through tiles of KEYS keys: the keys are packed transposed, the
 //   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
@@ -26,7 +27,7 @@
 
 namespace {
 
-constexpr int64_t DECODE_QUERIES = 8, CHUNK = 64;
+constexpr int64_t DECODE_QUERIES = 8, CHUNK = 64, SPAN = 8;
 constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
 constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
@@ -36,48 +37,83 @@ constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 template <class T> struct Rows {
   const T* of[CHUNK + W];
 
-  Rows(ptr base, int64_t stride, const int64_t* at, int64_t n) {
+  void find(ptr base, int64_t stride, const int64_t* at, int64_t n) {
     for (int64_t j = 0; j < n; j++) of[j] = (const T*)base + at[j] * stride;
     std::fill(of + n, of + n + W, n ? of[n - 1] : nullptr);
   }
+  // Reads rows from .. to - 1, `bytes` of each, in the order of memory: what was not fetched yet comes faster so.
+  void touch(int64_t from, int64_t to, int64_t offset, int64_t bytes) const {
+    for (int64_t j = from; j < to; j++)
+      for (int64_t b = 0; b < bytes; b += 64) (void)*((const volatile char*)(of[j] + offset) + b);
+  }
 };
 
-// Rows that will be needed, of the heads first .. last - 1, fetched into all caches a little at a time in the order in
-// which they lie in memory: that decides, by a factor of two, how fast they come.
+// What a thread will need next, in the order in which it lies in memory: that decides, by a factor of two, how fast it
+// comes. One line is asked for wherever one is read: what is asked for in bursts the CPU forgets.
 template <class T> struct Ahead {
-  const T *const *row, *const *end;
-  int64_t first, bytes, lines;  // of a row; lines of a head
-  const char *now = nullptr, *until = nullptr;  // what is fetched: rows that follow each other
+  struct Part {  // the same heads of n rows
+    const Rows<T>* rows;
+    int64_t n, first, bytes;  // from where on, and how much, of a row
+  };
 
-  Ahead(const Rows<T>& rows, int64_t n, int64_t head_size, int64_t first, int64_t last)
-      : row(rows.of), end(rows.of + n), first(first * head_size), bytes((last - first) * head_size * sizeof(T)),
-        lines((head_size * sizeof(T) + 63) / 64) {}
-  INLINE void next(int64_t keys) {  // one head of each
-    for (int64_t i = keys * lines; i > 0; i--, now += 64) {
-      if (now >= until && !follow()) return;
-      __builtin_prefetch(now);
-    }
+  Ahead() {}
+  Ahead(Part first, Part second, bool near) : parts{first, second}, near(near), more(-1) {}
+
+  // The next n bytes, whose lines the caller is to ask for.
+  INLINE const char* take(int64_t n) {
+    n &= more;
+    now += n;
+    return now <= until ? now - n : scattered(n);
+  }
+  INLINE void ask(const char* line) const {
+    if (near) __builtin_prefetch(line, 0, 0);
+    else __builtin_prefetch(line);
+  }
+  INLINE void ask_all(const char* lines, int64_t bytes) const {
+    UNROLL for (int64_t i = 0; i < bytes; i += 64) ask(lines + i);
   }
 
  private:
+  // What does not lie in one piece is asked for here; the caller then asks for this object, and so it does behind the end.
+  __attribute__((noinline)) const char* scattered(int64_t n) {
+    for (now -= n; n > 0; n -= 64, now += 64) {
+      if (now >= until && !follow()) {
+        now = until = (const char*)this, more = 0;
+        break;
+      }
+      if (until - now >= n) return (now += n) - n;
+      ask(now);
+    }
+    return (const char*)this;
+  }
   bool follow() {
-    if (row == end) return false;
-    now = (const char*)(*row++ + first), until = now + bytes;
-    for (; row != end && (const char*)(*row + first) == until; row++) until += bytes;
+    while (part < 2 && row == parts[part].n) part++, row = 0;
+    if (part == 2) return false;
+    const Part& p = parts[part];
+    now = (const char*)p.rows->of[row++] + p.first, until = now + p.bytes;
+    for (; row < p.n && (const char*)p.rows->of[row] + p.first == until; row++) until += p.bytes;
     return true;
   }
+
+  Part parts[2] = {};
+  bool near = false;  // into the first cache alone: all of it fits there
+  int64_t more = 0;  // all bits, or none behind the end
+  int64_t part = 0, row = 0;
+  const char *now = (const char*)this, *until = now;  // rows that follow each other
 };
 
 // x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours); the head begins at `offset` in each row. q is laid
-// out as load_pair reads the keys. Meanwhile fetch is told how many keys were read, as in all of these.
-template <class T, int R, class F>
-void decode_scores(const T* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded, float* x, F fetch) {
+// out as load_pair reads the keys.
+template <class T, int R>
+void decode_scores(const T* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded, float* x,
+                   Ahead<T>& ahead) {
   for (int64_t j = 0; j < n; j += 4) {
-    fetch(std::min<int64_t>(4, n - j));
     vf acc[R][4];
     for (auto& row : acc)
       for (vf& a : row) a = zero();
     auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
+      constexpr int64_t BYTES = 4 * 2 * W * sizeof(T);
+      ahead.ask_all(ahead.take(BYTES), BYTES);
       UNROLL for (int t = 0; t < 4; t++) {
         vf a, b;
         load_pair(key(t), a, b);
@@ -97,17 +133,21 @@ void decode_scores(const T* const* keys, int64_t offset, int64_t head_size, int6
 }
 
 // The same with queries and keys in pairs of bf16: one instruction multiplies 2 W elements. n is rounded up to W.
-template <int R, class F>
+template <int R>
 void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded,
-                            float* x, F fetch) {
+                            float* x, Ahead<bf16>& ahead) {
+  constexpr int64_t LINE = 4 * W;  // bytes of a vector
   for (int64_t j = 0; j < n; j += W) {
+    const char* later = ahead.take(W * 2 * head_size);
     for (int r = 0; r < R; r++) {
-      fetch((std::min<int64_t>(W, n - j) + r) / R);
       vf acc[W];
       UNROLL for (vf& a : acc) a = zero();
       for (int64_t d = 0; d < head_size; d += 2 * W) {
         const vi query = load_bits((const bf16*)(q + r * padded) + d);
-        UNROLL for (int t = 0; t < W; t++) acc[t] = dot_bf16(acc[t], query, keys[j + t] + offset + d);
+        UNROLL for (int t = 0; t < W; t++) {
+          if (t % R == 0) ahead.ask(later + d * 2 * W + (r * W / R + t / R) * LINE);
+          acc[t] = dot_bf16(acc[t], query, keys[j + t] + offset + d);
+        }
       }
       store(x + r * CHUNK + j, sums(acc));
     }
@@ -115,15 +155,16 @@ void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t hea
 }
 
 // o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from `offset` on; of the last pair `length` exist.
-template <class T, int R, int P, class F>
+template <class T, int R, int P>
 INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t n, const float* x, float* o, int64_t padded,
-                                int64_t length, F fetch) {
+                                int64_t length, Ahead<T>& ahead) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
   T tail[2 * W] = {};
   for (int64_t j = 0; j < n; j++) {
-    fetch(1);
+    constexpr int64_t BYTES = P * 2 * W * sizeof(T);
+    ahead.ask_all(ahead.take(BYTES), BYTES);
     const T* row = values[j] + offset;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
@@ -139,48 +180,90 @@ INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t 
 
 // The same with weights and values in pairs of bf16, P of whole vectors. x[r] holds the weights of the chunk's positions 0,
 // 1, 2 ..., where the keys stand from `skipped` on: a pair is the same one in every step. Elements come in zip's order.
-template <int R, int P, class F>
+template <int R, int P>
 INLINE void decode_values_block_in_pairs(const bf16* const* values, int64_t offset, int64_t skipped, int64_t n, const float* x,
-                                         float* o, int64_t padded, F fetch) {
+                                         float* o, int64_t padded, Ahead<bf16>& ahead) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
   auto step = [&](int64_t position, const bf16* first, const bf16* second) INLINE_LAMBDA {
+    const char* later = ahead.take(2 * P * 4 * W);
     vi value[2 * P];
     for (int i = 0; i < P; i++) zip(load_bits(first + 2 * W * i), load_bits(second + 2 * W * i), value[2 * i], value[2 * i + 1]);
     for (int r = 0; r < R; r++) {
       const vi weight = set1_bits(bits_of(x[r * CHUNK + position / 2]));
-      for (int i = 0; i < 2 * P; i++) acc[r][i] = dot_bf16(acc[r][i], weight, value[i]);
+      for (int i = 0; i < 2 * P; i++) {
+        if (r == 0) ahead.ask(later + i * 4 * W);
+        acc[r][i] = dot_bf16(acc[r][i], weight, value[i]);
+      }
     }
   };
   static const bf16 NOTHING[2 * W * P] = {};  // stands in for a pair's other half
   int64_t j = 0;
-  if (skipped % 2 && n) fetch(1), step(skipped - 1, NOTHING, values[j++] + offset);
-  for (; j + 1 < n; j += 2) {
-    fetch(2);
-    step(skipped + j, values[j] + offset, values[j + 1] + offset);
-  }
-  if (j < n) fetch(1), step(skipped + j, values[j] + offset, NOTHING);
+  if (skipped % 2 && n) step(skipped - 1, NOTHING, values[j++] + offset);
+  for (; j + 1 < n; j += 2) step(skipped + j, values[j] + offset, values[j + 1] + offset);
+  if (j < n) step(skipped + j, values[j] + offset, NOTHING);
   for (int r = 0; r < R; r++)
     for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
 }
 
-// block(P, d, length, fetch) for all elements of a head, as many as the registers hold.
-template <class Block, class F> void decode_values(int64_t size, Block block, F fetch) {
+// block(P, d, length) for all elements of a head, as many as the registers hold.
+template <class Block> void decode_values(int64_t size, Block block) {
   constexpr int P = W == 16 ? 2 : 1;
-  auto nothing = [](int64_t) {};
   int64_t d = 0;
-  for (; d + 2 * W * P <= size; d += 2 * W * P) {
-    if (d == 0) block(std::integral_constant<int, P>(), d, 2 * W, fetch);
-    else block(std::integral_constant<int, P>(), d, 2 * W, nothing);
-  }
-  for (; d < size; d += 2 * W) block(std::integral_constant<int, 1>(), d, std::min<int64_t>(2 * W, size - d), nothing);
+  for (; d + 2 * W * P <= size; d += 2 * W * P) block(std::integral_constant<int, P>(), d, 2 * W);
+  for (; d < size; d += 2 * W) block(std::integral_constant<int, 1>(), d, std::min<int64_t>(2 * W, size - d));
 }
 
-struct DecodeItem {
-  int64_t sequence, chunk;
-  const float* q;  // the sequence's query heads (n_kv_head, n_q * group, padded), as load_pair reads keys, or bf16
-  float* result;   // per key head and row: padded floats, then for each row of a block its maximum and its sum
+// The products of R rows with n keys (a multiple of W) that all of them see become weights exp(scale * product - maximum), by
+// the steps of `score` and `weigh`; tail takes each row's maximum and sum. The rows side by side: one would wait for itself.
+template <class T, int R> INLINE void weigh_rows(float* x, int64_t n, float scale, float* tail, Ahead<T>& ahead) {
+  const char* later = ahead.take(n / W * R * 64);
+  vf largest[R], total[R];
+  UNROLL for (int r = 0; r < R; r++) largest[r] = set1(-INF), total[r] = zero();
+  for (int64_t i = 0; i < n; i += W)
+    UNROLL for (int r = 0; r < R; r++) {
+      const vf a = mul(load(x + r * CHUNK + i), set1(scale));
+      store(x + r * CHUNK + i, a);
+      largest[r] = max(a, largest[r]);
+    }
+  UNROLL for (int r = 0; r < R; r++) {
+    tail[2 * r] = reduce_max(largest[r]);
+    largest[r] = set1(tail[2 * r] == -INF ? 0 : tail[2 * r]);
+  }
+  for (int64_t i = 0; i < n; i += W)
+    UNROLL for (int r = 0; r < R; r++, later += 64) {
+      ahead.ask(later);
+      const vf a = exp(sub(load(x + r * CHUNK + i), largest[r]));
+      store(x + r * CHUNK + i, a);
+      total[r] = add(total[r], a);
+    }
+  UNROLL for (int r = 0; r < R; r++) tail[2 * r + 1] = reduce_add(total[r]);
+}
+
+// At most SPAN chunks of a sequence. A result of one, or of several, is for each key head and row `padded` floats, behind
+// those of a block of rows their maximums and sums.
+struct Span {
+  int64_t sequence, chunk, n;
+  int64_t q;        // where in the scratch memory the sequence's query heads (n_kv_head, n_q * group, padded) begin, as
+                    // load_pair reads keys, or bf16
+  int64_t results;  // and the results of its chunks,
+  int64_t stride;   // so far apart
+  bool merged;      // the first of them is the span's
+};
+
+// The keys and values of a chunk.
+template <class T> struct Chunk {
+  int64_t skipped, n, at[CHUNK];  // the chunk's first keys may be outside all windows
+  Rows<T> keys, values;
+
+  void find(const Problem& p, int64_t sequence, int64_t chunk) {
+    const Sequence s(p, sequence);
+    const int64_t start = chunk * CHUNK, from = std::max(start, s.low(0));
+    skipped = from - start, n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
+    s.locate(from, from + n, at);
+    keys.find(p.k, p.k_stride, at, n), values.find(p.v, p.v_stride, at, n);
+  }
 };
 
 // Whether what is multiplied meets as pairs of bf16 in one instruction, where keys and values are bf16; queries and the
@@ -194,76 +277,67 @@ template <class T> bool in_pairs(int64_t products) {
   return std::is_same_v<T, bf16> && (products == 2 || (products == 1 && native));
 }
 
-// One chunk of keys against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16 at a time for
-// all heads. What comes next is fetched meanwhile, evenly: the chunk's values while keys are read, the next chunk's keys
-// while values are read. The keys of a thread's first chunk, `cold`, are fetched at once.
+// One chunk, from position `start` on, against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16
+// at a time for all heads. Meanwhile what is ahead is asked for: the chunk's values while keys are read, the next keys
+// while values are.
 template <class T>
-void decode_chunk(const Problem& p, const DecodeItem& item, const DecodeItem* next, int64_t first, int64_t last, bool pairs, bool cold) {
-  struct Keys {
-    int64_t skipped, n, at[CHUNK];
-    Keys(const Sequence& s, int64_t start) {
-      const int64_t from = std::max(start, s.low(0));
-      skipped = from - start;
-      n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
-      s.locate(from, from + n, at);
-    }
-  };
-  const Sequence s(p, item.sequence);
-  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, start = item.chunk * CHUNK, n_heads = last - first;
-  const Keys now(s, start), later = next ? Keys(Sequence(p, next->sequence), next->chunk * CHUNK) : now;
-  const int64_t n = now.n, skipped = now.skipped, whole = (skipped + n + W - 1) / W * W, *at = now.at, size = p.head_size;
-  const Rows<T> keys(p.k, p.k_stride, at, n), values(p.v, p.v_stride, at, n), next_keys(p.k, p.k_stride, later.at, later.n);
-  static thread_local std::vector<float> memory;  // (n_heads, rows, CHUNK); scores come up to W at a time, the last may reach past
-  memory.resize(n_heads * rows * CHUNK + W);
+void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, int64_t start, int64_t first, int64_t last, bool pairs,
+                  const float* queries, float* results, Ahead<T> ahead) {
+  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, size = p.head_size;
+  const int64_t n = chunk.n, skipped = chunk.skipped, whole = (skipped + n + W - 1) / W * W, *at = chunk.at;
+  const bool plain = !p.softcap && !p.alibi && s.low(s.n_q - 1) <= start && s.high(0) >= start + whole;
+  static thread_local std::vector<float> memory;  // (heads, rows, CHUNK); scores come up to W at a time, the last may reach past
+  memory.resize((last - first) * rows * CHUNK + W);
   float* scores = memory.data();
+  Ahead<T> nothing;
   auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
     for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
       with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
         const int64_t at = head * rows + r0;
-        f(R, r0, item.q + at * padded, scores + (at - first * rows) * CHUNK, item.result + at * (padded + 2));
+        f(R, r0, queries + at * padded, scores + (at - first * rows) * CHUNK, results + at * (padded + 2), r0 ? nothing : ahead);
       });
   };
 
-  if (cold) Ahead<T>(keys, n, size, first, last).next(n * n_heads);
-  Ahead<T> values_ahead(values, n, size, first, last), keys_ahead(next_keys, next ? later.n : 0, size, 0, p.n_kv_head);
   for (int64_t j = 0; j < n; j += 16) {
     const int64_t count = std::min<int64_t>(16, n - j);
-    for (int64_t head = first; head < last; head++) {
-      for_each_block(head, [&](auto R, int64_t r0, const float* q, float* x, float*) {
-        auto fetch = [&](int64_t keys) { if (r0 == 0) values_ahead.next(keys); };
+    chunk.keys.touch(j, j + count, first * size, (last - first) * size * sizeof(T));
+    for (int64_t head = first; head < last; head++)
+      for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*, Ahead<T>& ahead) {
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) return decode_scores_in_pairs<R>(keys.of + j, head * size, size, count, q, padded, x + skipped + j, fetch);
-        decode_scores<T, R>(keys.of + j, head * size, size, count, q, padded, x + skipped + j, fetch);
+          if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of + j, head * size, size, count, q, padded, x + skipped + j, ahead);
+        decode_scores<T, R>(chunk.keys.of + j, head * size, size, count, q, padded, x + skipped + j, ahead);
       });
-    }
   }
   for (int64_t head = first; head < last; head++) {
-    for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result) {
-      auto fetch = [&](int64_t keys) { if (r0 == 0) keys_ahead.next(keys); };
-      for (int r = 0; r < R; r++) {
-        float *row = x + r * CHUNK, *tail = result + R * padded + 2 * r;
-        if (p.k_scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.k_scale[at[j] * p.n_kv_head + head];
+    for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result, Ahead<T>& ahead) {
+      float* tail = result + R * padded;
+      auto multiply = [&](const float* scale) {  // by the scales of the keys or values
+        for (int r = 0; scale && r < R; r++)
+          for (int64_t j = 0; j < n; j++) x[r * CHUNK + skipped + j] *= scale[at[j] * p.n_kv_head + head];
+      };
+      multiply(p.k_scale);
+      if (plain) weigh_rows<T, R>(x, whole, p.scale, tail, ahead);
+      for (int r = 0; !plain && r < R; r++) {
+        float* row = x + r * CHUNK;
         std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
         std::fill(row + skipped + n, row + whole, 0.0f);
-        tail[0] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
-        tail[1] = weigh(row, whole, tail[0]);
-        if (p.v_scale)
-          for (int64_t j = 0; j < n; j++) row[skipped + j] *= p.v_scale[at[j] * p.n_kv_head + head];
-        if (pairs)
-          for (int64_t j = 0; j < whole; j += W) store((bf16*)row + j, load(row + j));
+        tail[2 * r] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
+        tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
       }
-      decode_values(size, [&](auto P, int64_t d, int64_t length, auto fetch) INLINE_LAMBDA {
+      multiply(p.v_scale);
+      for (int r = 0; pairs && r < R; r++)
+        for (int64_t j = 0; j < whole; j += W) store((bf16*)(x + r * CHUNK) + j, load(x + r * CHUNK + j));
+      decode_values(size, [&](auto P, int64_t d, int64_t length) INLINE_LAMBDA {
         const int64_t offset = head * size + d;
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) return decode_values_block_in_pairs<R, P>(values.of, offset, skipped, n, x, result + d, padded, fetch);
-        decode_values_block<T, R, P>(values.of, offset, n, x + skipped, result + d, padded, length, fetch);
-      }, fetch);
+          if (pairs) return decode_values_block_in_pairs<R, P>(chunk.values.of, offset, skipped, n, x, result + d, padded, ahead);
+        decode_values_block<T, R, P>(chunk.values.of, offset, n, x + skipped, result + d, padded, length, ahead);
+      });
     });
   }
 }
 
-// A sequence's queries, laid out as DecodeItem says.
+// A sequence's queries, laid out as Span says.
 template <class T> void decode_queries(const Problem& p, const Sequence& s, bool pairs, float* to) {
   const int64_t group = p.group(), padded = p.padded();
   float plain[2 * W];
@@ -280,76 +354,127 @@ template <class T> void decode_queries(const Problem& p, const Sequence& s, bool
     }
 }
 
-// Combines the chunks of one (sequence, query head): `results` of consecutive chunks are `stride` apart.
-template <class T>
-void decode_combine(const Problem& p, const Sequence& s, bool pairs, const float* results, int64_t n_chunks, int64_t stride, int64_t head) {
+// The results of several chunks or spans become one, for the rows of a key head; `to` may be the first of them.
+void decode_merge(const std::vector<const float*>& parts, int64_t rows, int64_t padded, float* to) {
+  const int64_t n = parts.size(), n_padded = (n + W - 1) / W * W;
+  static thread_local std::vector<float> factors;
+  factors.resize(n_padded);
+  for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
+    const int64_t R = std::min<int64_t>(DECODE_ROWS, rows - r0), block = r0 * (padded + 2);
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t value = block + r * padded, tail = block + R * padded + 2 * r;
+      float largest = -INF, sum = 0;
+      for (int64_t i = 0; i < n; i++) factors[i] = parts[i][tail], largest = std::max(largest, factors[i]);
+      for (int64_t i = 0; i < n_padded; i += W) store(&factors[i], shrink(load(&factors[i]), set1(largest)));
+      for (int64_t i = 0; i < n; i++) sum += factors[i] * parts[i][tail + 1];
+      for (int64_t d = 0; d < padded; d += W) {
+        vf total = zero();
+        for (int64_t i = 0; i < n; i++) total = fma(set1(factors[i]), load(parts[i] + value + d), total);
+        store(to + value + d, total);
+      }
+      to[tail] = largest, to[tail + 1] = sum;
+    }
+  }
+}
+
+// A key head's rows of a sequence, from its result into the output.
+template <class T> void decode_write(const Problem& p, const Sequence& s, bool pairs, const float* result, int64_t head) {
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group;
-  std::vector<float> total(2 * padded);
+  std::vector<float> plain(padded);
   for (int64_t row = 0; row < rows; row++) {
     const int64_t r0 = row / DECODE_ROWS * DECODE_ROWS, R = std::min<int64_t>(DECODE_ROWS, rows - r0);
-    const float* block = results + (head * rows + r0) * (padded + 2);
-    const float *value = block + (row - r0) * padded, *tail = block + R * padded + 2 * (row - r0);
-    float largest = -INF, sum = 0;
-    for (int64_t c = 0; c < n_chunks; c++) largest = std::max(largest, tail[c * stride]);
-    std::fill(total.begin(), total.end(), 0.0f);
-    for (int64_t c = 0; c < n_chunks; c++) {
-      const vf factor = shrink(set1(tail[c * stride]), set1(largest));
-      sum += reduce_max(factor) * tail[c * stride + 1];
-      for (int64_t d = 0; d < padded; d += W)
-        store(&total[d], fma(factor, load(value + c * stride + d), load(&total[d])));
-    }
-    float* plain = &total[padded];
-    for (int64_t d = 0; d < padded; d += 2 * W) (pairs ? from_zip_order : from_pair_order<T>)(&total[d], plain + d);
+    const float *block = result + r0 * (padded + 2), *value = block + (row - r0) * padded, *tail = block + R * padded + 2 * (row - r0);
+    for (int64_t d = 0; d < padded; d += 2 * W) (pairs ? from_zip_order : from_pair_order<T>)(value + d, &plain[d]);
     const int64_t out_row = (s.first + row / group) * p.n_head + head * group + row % group;
-    with_float_type(p.q_dtype, [&](auto type) { write_row((decltype(type)*)p.out + out_row * p.head_size, plain, 1 / sum, p.head_size); });
-    if (p.lse) p.lse[out_row] = largest + std::log(sum);
+    with_float_type(p.q_dtype, [&](auto type) { write_row((decltype(type)*)p.out + out_row * p.head_size, plain.data(), 1 / tail[1], p.head_size); });
+    if (p.lse) p.lse[out_row] = tail[0] + std::log(tail[1]);
   }
 }
 
 template <class T> void decode(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
-  struct Share {  // one sequence's part of the scratch memory; a chunk's results take `stride`
-    int64_t sequence, n_chunks, stride;
-    size_t q, results;
-  };
+  struct Item { int64_t span, chunk; };
   const bool pairs = in_pairs<T>(products) && p.head_size % (2 * W) == 0;
-  std::vector<Share> shares;
-  size_t size = 0, n_items = 0;
-  int64_t longest = 0;
+  const int64_t heads = p.n_kv_head, padded = p.padded();
+  std::vector<Span> spans;
+  std::vector<Item> items;
+  std::vector<int64_t> firsts;  // each sequence's first span, and behind the last the number of spans
+  int64_t size = 0, longest = 0, most = 0;  // results of a span
   for (int64_t index : sequences) {
     const Sequence s(p, index);
-    const int64_t n_chunks = (s.high(s.n_q - 1) + CHUNK - 1) / CHUNK - s.low(0) / CHUNK, rows = s.n_q * p.n_head;
-    const int64_t stride = rows * (p.padded() + 2);
-    shares.push_back({index, n_chunks, stride, size, size + rows * p.padded()});
-    size += rows * p.padded() + n_chunks * stride;
-    n_items += n_chunks;
+    const int64_t end = (s.high(s.n_q - 1) + CHUNK - 1) / CHUNK, rows = s.n_q * p.n_head, stride = rows * (padded + 2), q = size;
+    firsts.push_back(spans.size());
+    size += rows * padded;
+    for (int64_t c = s.low(0) / CHUNK, next; c < end; c = next) {
+      next = std::min(end, (c / SPAN + 1) * SPAN);
+      for (int64_t i = c; i < next; i++) items.push_back({int64_t(spans.size()), i});
+      spans.push_back({index, c, next - c, q, size, stride, false});
+      size += (next - c) * stride;
+    }
     longest = std::max(longest, s.n_k);
+    most = std::max(most, SPAN * stride);
   }
+  const int64_t n_sequences = firsts.size();
+  firsts.push_back(spans.size());
   static thread_local std::vector<float> memory;
-  if (memory.size() < size) memory.resize(size);
+  if (int64_t(memory.size()) < size) memory.resize(size);
   float* scratch = memory.data();
+  for (int64_t i = 0; i < n_sequences; i++)
+    decode_queries<T>(p, Sequence(p, sequences[i]), pairs, scratch + spans[firsts[i]].q);
+  auto merge = [&](const Span& span, float* results, int64_t head, float* to) {  // the span's, at `results`
+    const int64_t width = span.stride / heads;
+    static thread_local std::vector<const float*> parts;
+    parts.clear();
+    for (int64_t i = 0; i < span.n; i++) parts.push_back(results + i * span.stride + head * width);
+    decode_merge(parts, width / (padded + 2), padded, to + head * width);
+  };
 
-  std::vector<DecodeItem> items;
-  items.reserve(n_items);
-  for (const Share& share : shares) {
-    const Sequence s(p, share.sequence);
-    decode_queries<T>(p, s, pairs, scratch + share.q);
-    for (int64_t c = 0; c < share.n_chunks; c++)
-      items.push_back({share.sequence, s.low(0) / CHUNK + c, scratch + share.q, scratch + share.results + c * share.stride});
-  }
-  const int64_t heads = p.n_kv_head;
   parallel_for(items.size() * heads, longest >= 48 ? 1 : 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {
+    static thread_local std::vector<float> own;  // of a span that is all this thread's: its results stay in the cache
+    own.resize(most);
+    Chunk<T> chunks[2];
+    const int64_t head_bytes = p.head_size * sizeof(T);
+    const bool near = CHUNK * heads * head_bytes <= 24 << 10;
+    auto part = [&](const Rows<T>& rows, int64_t n, int64_t first, int64_t last) {
+      return typename Ahead<T>::Part{&rows, n, first * head_bytes, (last - first) * head_bytes};
+    };
+    for (int64_t i = begin, turn = 0; i < end; turn ^= 1) {
       const int64_t first = i % heads, last = std::min(heads, first + end - i);
-      const DecodeItem* item = &items[i / heads];
-      const bool cold = i == begin;
+      const Item item = items[i / heads];
+      Span& span = spans[item.span];
+      const int64_t before = item.chunk - span.chunk, from = i / heads - before;  // the span's first item
+      const bool alone = from * heads >= begin && (from + span.n) * heads <= end;
+      Chunk<T>&now = chunks[turn], &next = chunks[turn ^ 1];
+      if (i == begin) {
+        now.find(p, span.sequence, item.chunk);
+        now.keys.touch(0, now.n, first * p.head_size, (last - first) * head_bytes);
+      }
       i += last - first;
-      decode_chunk<T>(p, *item, i < end ? item + 1 : nullptr, first, last, pairs, cold);
+      if (i < end) next.find(p, spans[items[i / heads].span].sequence, items[i / heads].chunk);
+      const Ahead<T> ahead(part(now.values, now.n, first, last), part(next.keys, i < end ? next.n : 0, 0, std::min(heads, end - i)), near);
+      float* results = alone ? own.data() : scratch + span.results;
+      decode_chunk<T>(p, Sequence(p, span.sequence), now, item.chunk * CHUNK, first, last, pairs, scratch + span.q,
+                      results + before * span.stride, ahead);
+      if (alone && before == span.n - 1) {
+        for (int64_t head = 0; head < heads; head++) merge(span, results, head, scratch + span.results);
+        span.merged = true;
+      }
     }
   });
-  parallel_for(shares.size() * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
+  parallel_for(n_sequences * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const Share& share = shares[i / heads];
-      decode_combine<T>(p, Sequence(p, share.sequence), pairs, scratch + share.results, share.n_chunks, share.stride, i % heads);
+      const int64_t first = firsts[i / heads], last = firsts[i / heads + 1];
+      const Sequence s(p, sequences[i / heads]);
+      const int64_t head = i % heads, rows = s.n_q * p.group(), at = head * rows * (padded + 2);
+      static thread_local std::vector<const float*> parts;
+      parts.clear();
+      for (int64_t j = first; j < last; j++) {
+        float* results = scratch + spans[j].results;
+        if (!spans[j].merged) merge(spans[j], results, head, results);
+        parts.push_back(results + at);
+      }
+      float* result = scratch + spans[first].results + at;
+      if (parts.size() > 1) decode_merge(parts, rows, padded, result);
+      decode_write<T>(p, s, pairs, result, head);
     }
   });
 }
