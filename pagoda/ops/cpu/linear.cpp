@@ -219,6 +219,23 @@ void copy_rows(const Rows& rows, int64_t first, int64_t count, int64_t n, bf16* 
   });
 }
 
+// ---------------------------------------------------------------- what is read next
+// Asked for a little in every step: what is asked for in bursts the CPU forgets. Of integers the first rows that meet them
+// ask for what is AHEAD; of other weights all rows of a chunk ask for the next one together.
+
+struct Evenly {
+  const char* now;
+  int64_t step;  // bytes
+  const char* until = now;
+
+  // What one of `passes` passes over a tile asks for in each of its steps, and `tiles` passes that are made together.
+  Evenly(const char* next, int64_t bytes, int64_t pass, int64_t passes, int64_t tiles, int64_t steps)
+      : now(next + bytes * pass / passes), step((bytes * tiles + passes * steps - 1) / (passes * steps)) {}
+  INLINE void ask() {
+    for (until += step; now < until; now += 64) __builtin_prefetch(now);
+  }
+};
+
 // ---------------------------------------------------------------- integer kernel
 
 enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
@@ -380,7 +397,7 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
 
 #if defined(__AVX512BF16__)
 struct Nf4PairView : MultiplyPairs {  // the same words as 4 pairs of unscaled bf16: a block's sum is scaled
-  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 1, NARROW = 4;  // of more rows a second tile's sums would not fit
+  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 2, NARROW = 4;  // of more rows a second tile's sums would not fit
   const uint8_t* p;
   const float* scales;
   INLINE void load(int64_t step, int, vi* v) const {
@@ -418,15 +435,15 @@ void nf4_scales(const Weight& w, int64_t tile, float* scales) {
       stop = std::min(stop, b + 256 - block % 256);
     }
     const int64_t count = (stop - b) * TILE;
-    for (int64_t i = 0; i < count; i++) scales[i] = w.codes[codes[i]];
-    for (int64_t i = 0; i < count; i += W) store(scales + i, add(mul(load(scales + i), load(factor + i % TILE)), set1(*w.mean)));
+    for (int64_t i = 0; i < count; i += W)
+      store(scales + i, add(mul(lookup256(w.codes, codes + i), load(factor + i % TILE)), set1(*w.mean)));
     b = stop, codes += count, scales += count;
   }
 }
 
 // sums (T, R, 16) of T tiles over `steps` loads; x (steps * COUNT, R). Of a view with a BLOCK so many steps have a scale.
 template <class View, int T, int R>
-void float_tiles(const View* views, int64_t steps, const typename View::X* x, float* sums) {
+void float_tiles(const View* views, int64_t steps, const typename View::X* x, Evenly ahead, float* sums) {
   vf acc[T * PARTS][R], scaled[View::BLOCK ? T : 1][R];
   for (auto& tile : acc)
     for (vf& a : tile) a = zero();
@@ -434,13 +451,24 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
     for (vf& a : tile) a = zero();
   const int64_t size = steps * TILE * 4;  // of a tile; behind its end come others that are read beside it, then its successor
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R) {
-    const int64_t at = step * TILE * 4 + AHEAD, ahead = at < size ? at : at + (T - 1) * size;
-    UNROLL for (int t = 0; t < T * PARTS; t++) {
-      if ((View::NARROW > 1 || R == 1) && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + ahead, 64);
-      typename View::V v[View::COUNT];
-      views[t / PARTS].load(step, t % PARTS, v);
+    const int64_t at = step * TILE * 4 + AHEAD, next = at < size ? at : at + (T - 1) * size;
+    typename View::V v[T * PARTS][View::COUNT];
+    auto read = [&](int t) INLINE_LAMBDA { views[t / PARTS].load(step, t % PARTS, v[t]); };
+    auto multiply = [&](int t, int i, int r) INLINE_LAMBDA { acc[t][r] = View::multiply(acc[t][r], v[t][i], x + i * R + r); };
+    if (R > 1) ahead.ask();
+    // A row with all tiles, where the registers hold these: otherwise GCC keeps the rows in registers, and sums in memory.
+    if constexpr (R > 1 && T * PARTS * (R + View::COUNT) <= REGISTERS) {
+      UNROLL for (int t = 0; t < T * PARTS; t++) read(t);
       UNROLL for (int i = 0; i < View::COUNT; i++)
-        UNROLL for (int r = 0; r < R; r++) acc[t][r] = View::multiply(acc[t][r], v[i], x + i * R + r);
+        UNROLL for (int r = 0; r < R; r++)
+          UNROLL for (int t = 0; t < T * PARTS; t++) multiply(t, i, r);
+    } else {
+      UNROLL for (int t = 0; t < T * PARTS; t++) {
+        if (R == 1 && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + next, 64);
+        read(t);
+        UNROLL for (int i = 0; i < View::COUNT; i++)
+          UNROLL for (int r = 0; r < R; r++) multiply(t, i, r);
+      }
     }
     if constexpr (View::BLOCK > 0)
       if (step % View::BLOCK == View::BLOCK - 1)
@@ -454,7 +482,7 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, fl
       store(sums + (t / PARTS * R + r) * TILE + t % PARTS * W, View::BLOCK ? scaled[t / PARTS][r] : acc[t][r]);
 }
 
-template <class View> using FloatTiles = void (*)(const View*, int64_t, const typename View::X*, float*);
+template <class View> using FloatTiles = void (*)(const View*, int64_t, const typename View::X*, Evenly, float*);
 template <class View, int T, int... R>
 constexpr std::array<FloatTiles<View>, sizeof...(R)> float_kernels(std::integer_sequence<int, R...>) {
   return {float_tiles<View, T, R + 1>...};
@@ -559,46 +587,55 @@ void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile,
 
 void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
-  const int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 64 * (w.kind == BITS4 ? 4 : 8)));
-  const int64_t n_residuals = count_residuals(n_blocks);
+  const int64_t n_blocks = w.units(32), tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_residuals = count_residuals(n_blocks);
+  const int64_t chunk = std::max<int64_t>(1, CACHE / tile_bytes);
+  const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
+  const bool by_itself = w.kind == BITS8 && task.rows.n == 1;
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[MAX_ROWS * TILE];
-  for (int64_t from = share.begin; from < share.end; from += chunk)
-    for (int64_t group = share.first(task.rows.n_groups); group < share.last(task.rows.n_groups); group++) {
-      int R = task.rows.count(group);
-      int64_t row = task.rows.first(group);
-      const bool from_memory = group == share.first(task.rows.n_groups) && (w.kind == BITS4 || task.rows.n > 1);
-      IntegerTile multiply = integer_kernel(w, R);
-      Int8Rows x = task.x.int8.group(row * n_blocks, R);
-      for (int64_t tile = from; tile < std::min(share.end, from + chunk); tile++) {
-        multiply(w, tile, x, from_memory, sums);
+  for (int64_t from = share.begin, to; from < share.end; from = to) {
+    to = std::min(share.end, from + chunk);
+    for (int64_t g = 0; g < n_groups; g++) {
+      const int64_t row = task.rows.first(first_group + g);
+      const int R = task.rows.count(first_group + g);
+      const IntegerTile multiply = integer_kernel(w, R);
+      const Int8Rows x = task.x.int8.group(row * n_blocks, R);
+      for (int64_t tile = from; tile < to; tile++) {
+        multiply(w, tile, x, g == 0 && !by_itself, sums);
         if (w.fine)
           for (int r = 0; r < R; r++)
             refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);
         write(p, task.rows, row, R, tile, sums);
       }
     }
+  }
 }
 
 // Multiplies T tiles at a time. make_view(tile, slot) gives the view of a tile; a chunk has a slot for each of its tiles.
+// Whether the views read the weight itself (from_memory) or what was made of it.
 template <class View, int T, class RowCounts, class F>
 void float_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
-                 int64_t steps, F make_view) {
+                 int64_t steps, bool from_memory, F make_view) {
   const int64_t row_words = task.row_length * sizeof(typename View::E) / sizeof(typename View::X);
   static constexpr auto wide = float_kernels<View, T>(RowCounts()), narrow = float_kernels<View, 1>(RowCounts());
   alignas(64) float sums[T * RowCounts::size() * TILE];
   std::vector<View> views;
-  for (int64_t from = share.begin; from < share.end; from += chunk) {
-    int64_t to = std::min(share.end, from + chunk);
+  const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
+  if (n_groups == 1 && from_memory) chunk = T;  // what is asked for comes just before it is read
+  for (int64_t from = share.begin, to; from < share.end; from = to) {
+    to = std::min(share.end, from + chunk);
+    const int64_t tile_bytes = steps * TILE * 4, asked = from_memory ? (std::min(share.end, to + chunk) - to) * tile_bytes : 0;
     views.clear();
     for (int64_t tile = from; tile < to; tile++) views.push_back(make_view(tile, tile - from));
-    for (int64_t group = share.first(task.rows.n_groups); group < share.last(task.rows.n_groups); group++) {
-      int R = task.rows.count(group);
-      int64_t row = task.rows.first(group);
+    for (int64_t g = 0; g < n_groups; g++) {
+      const int64_t row = task.rows.first(first_group + g);
+      const int R = task.rows.count(first_group + g);
       for (int64_t tile = from; tile < to;) {
-        int width = tile + T <= to ? T : 1;
+        const int width = tile + T <= to ? T : 1;
         auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
-        multiply(&views[tile - from], steps, x + row * row_words, sums);
+        const Evenly ahead((const char*)views[0].p + (to - from) * tile_bytes, asked, g * (to - from) + tile - from,
+                           n_groups * (to - from), width, steps);
+        multiply(&views[tile - from], steps, x + row * row_words, ahead, sums);
         for (int t = 0; t < width; t++, tile++) write(p, task.rows, row, R, tile, sums + t * R * TILE);
       }
     }
@@ -728,10 +765,10 @@ void integer_matrix_share(const Product& p, const Task& task, const Share& share
 
 template <class View, class F>
 void view_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
-                int64_t steps, F make_view) {
+                int64_t steps, F make_view, bool from_memory = true) {
   using One = std::make_integer_sequence<int, 1>;
-  if (task.rows.n == 1) float_share<View, View::NARROW, One>(p, task, share, chunk, x, steps, make_view);
-  else float_share<View, View::WIDE, RowCounts>(p, task, share, chunk, x, steps, make_view);
+  if (task.rows.n == 1) float_share<View, View::NARROW, One>(p, task, share, chunk, x, steps, from_memory, make_view);
+  else float_share<View, View::WIDE, RowCounts>(p, task, share, chunk, x, steps, from_memory, make_view);
 }
 
 void run_share(const Product& p, const Task& task, const Share& share) {
@@ -783,7 +820,7 @@ void run_share(const Product& p, const Task& task, const Share& share) {
       unpack_tile(w, tile, panels + slot * K * TILE, scratch);
       return Float32View{{}, panels + slot * K * TILE};
     };
-    view_share<Float32View>(p, task, share, chunk, task.x.f32, w.n_in, view);
+    view_share<Float32View>(p, task, share, chunk, task.x.f32, w.n_in, view, false);
   }
 }
 

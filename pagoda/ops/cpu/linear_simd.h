@@ -13,6 +13,7 @@ constexpr int PARTS = TILE / W;  // vectors across a tile
 #if SIMD_AVX512
 constexpr int MAX_ROWS = 12;      // rows of activations in a register tile: 12 sums in flight hide the latency of 5
 constexpr int WIDE_TILES = 2;     // tiles side by side in the float kernel
+constexpr int REGISTERS = 32;     // that sums and weights of a step may take
 constexpr int SIGNED_BIAS = 128;  // dot4_signed gives this many times the sum of a too much
 
 INLINE vf from_int(vi a) { return _mm512_cvtepi32_ps(a); }
@@ -23,6 +24,16 @@ template <int N> INLINE vi shift_left(vi a) { return _mm512_slli_epi32(a, N); }
 template <int N> INLINE vi shift_right(vi a) { return _mm512_srai_epi32(a, N); }  // of signed integers
 INLINE vf lookup16(const float* table, vi index) {  // by the low 4 bits of index
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+}
+INLINE vf lookup256(const float* table, const uint8_t* index) {
+  const vi at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index));
+  vf part[8];  // by the low 5 bits, then one bit after the other
+  UNROLL for (int i = 0; i < 8; i++) part[i] = _mm512_permutex2var_ps(load(table + 32 * i), at, load(table + 32 * i + 16));
+  UNROLL for (int bit = 0; bit < 3; bit++) {
+    const __mmask16 upper = _mm512_test_epi32_mask(at, set1_bits(32u << bit));
+    UNROLL for (int i = 0; i < 4 >> bit; i++) part[i] = _mm512_mask_blend_ps(upper, part[2 * i], part[2 * i + 1]);
+  }
+  return part[0];
 }
 // acc + the sum of four products per lane: bytes of w with four signed bytes at a, the same for all lanes. w is 0..15 in
 // dot4_small, and in dot4_signed signed numbers passed through signed_operand. Assembly, because GCC spends an
@@ -37,6 +48,7 @@ INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) { return dot4_small(acc, w
 #elif SIMD_AVX2
 constexpr int MAX_ROWS = 6;
 constexpr int WIDE_TILES = 1;
+constexpr int REGISTERS = 15;
 constexpr int SIGNED_BIAS = 0;
 
 INLINE vf from_int(vi a) { return _mm256_cvtepi32_ps(a); }
@@ -65,6 +77,7 @@ INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) {
 #else
 constexpr int MAX_ROWS = 4;
 constexpr int WIDE_TILES = 1;
+constexpr int REGISTERS = 15;
 constexpr int SIGNED_BIAS = 0;
 
 typedef int32_t vs __attribute__((vector_size(16)));
@@ -86,4 +99,12 @@ INLINE vi dot4_signed(vi acc, vi w, const int32_t* quad) {
   return acc + (vi)(((vs)w >> 24) * ((vs)a >> 24));
 }
 INLINE vi dot4_small(vi acc, vi w, const int32_t* a) { return dot4_signed(acc, w, a); }
+#endif
+
+#if !SIMD_AVX512
+INLINE vf lookup256(const float* table, const uint8_t* index) {
+  float out[W];
+  for (int i = 0; i < W; i++) out[i] = table[index[i]];
+  return load(out);
+}
 #endif
