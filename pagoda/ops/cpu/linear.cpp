@@ -193,17 +193,37 @@ void quantize_rows(const Rows& rows, int64_t first, int64_t n, int64_t n_blocks,
   });
 }
 
-// n elements of every row of a group, zeros behind the end: as float32, or two by two as bf16.
+// n elements (a multiple of 64) of every row of a group, zeros behind the end: as float32, or two by two as bf16. Either way
+// words of 32 bits change places, W of each row at a time.
 template <class T> void spread_rows(const Rows& rows, int64_t group, int64_t n, T* out) {
-  constexpr int64_t PAIR = sizeof(T) == 2 ? 2 : 1;
-  const int64_t R = rows.count(group), first = rows.first(group);
-  out += first * n;
+  constexpr int64_t COUNT = W * (4 / sizeof(T));  // elements of a vector of words
+  const int64_t R = rows.count(group), first = rows.first(group), n_words = n * W / COUNT;
+  auto to = (float*)(out + first * n);
   with_float_type(rows.dtype, [&](auto type) {
-    for (int64_t r = 0; r < R; r++) {
-      auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
-      T* y = out + r * PAIR;
-      for (int64_t k = 0; k < rows.n_in; k++) from_float(to_float(x[k]), y + k / PAIR * PAIR * R + k % PAIR);
-      for (int64_t k = rows.n_in; k < n; k++) from_float(0.0f, y + k / PAIR * PAIR * R + k % PAIR);
+    using X = decltype(type);
+    auto words = [](const X* x) INLINE_LAMBDA {
+      if constexpr (sizeof(T) == 4) return (vi)load(x);
+      else if constexpr (std::is_same_v<X, bf16>) return load_bits(x);
+      bf16 pairs[2 * W];
+      store(pairs, load(x)), store(pairs + W, load(x + W));
+      return load_bits(pairs);
+    };
+    for (int64_t k = 0, word = 0; k < n; k += COUNT, word += W) {
+      const int64_t inside = rows.n_in - k;
+      vi block[W];
+      for (int64_t r = 0; r < W; r++) {
+        auto x = (const X*)rows.x + (first + r) * rows.stride + k;
+        X padded[COUNT] = {};
+        if (r >= R || inside <= 0) block[r] = set1_bits(0);
+        else if (inside >= COUNT) block[r] = words(x);
+        else memcpy(padded, x, inside * sizeof(X)), block[r] = words(padded);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < W; i++) {  // what is behind R words the next ones overwrite
+        float* row = to + (word + i) * R;
+        if ((word + i) * R + W <= n_words * R) store_bits(row, block[i]);
+        else store_part(row, (vf)block[i], int(R));
+      }
     }
   });
 }
