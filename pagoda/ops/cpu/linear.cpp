@@ -64,14 +64,15 @@ constexpr int64_t AHEAD = 8192;       // bytes of weights that the first rows as
                                       // faster as they come, one tile behind the other: the CPU sees that by itself
 
 // ---------------------------------------------------------------- activations
-// Rows are taken in groups of nearly equal size, at most MAX_ROWS. In a group of R rows element k of row r lies at
-// [k][r]: the kernel walks it with one pointer. A group's arrays begin at its first row times the length of a row.
+// Rows are taken in groups of nearly equal size, at most MAX_ROWS, or up to ALL_ROWS together: then their weights come from
+// memory evenly. In a group of R rows element k of row r lies at [k][r]: the kernel walks it with one pointer. A group's
+// arrays begin at its first row times the length of a row.
 
 struct Rows {
   const void* x;
   int64_t n, n_in, stride, dtype, n_groups;
   Rows(const void* x, int64_t n, int64_t n_in, int64_t stride, int64_t dtype)
-      : x(x), n(n), n_in(n_in), stride(stride), dtype(dtype), n_groups((n + MAX_ROWS - 1) / MAX_ROWS) {}
+      : x(x), n(n), n_in(n_in), stride(stride), dtype(dtype), n_groups(n <= ALL_ROWS ? 1 : (n + MAX_ROWS - 1) / MAX_ROWS) {}
   int64_t first(int64_t group) const { return n * group / n_groups; }
   int count(int64_t group) const { return int(first(group + 1) - first(group)); }
 };
@@ -260,19 +261,19 @@ struct Evenly {
 
 enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
-// dot (R) += the products of one block of a part of a tile with R rows. Its 32 k are 4 vectors at 4 bits (vector j:
+// dot (N) += the products of one block of a part of a tile with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
 // k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits.
-template <int BITS, int R> INLINE void dot_block(const uint8_t* q, const int32_t* quads, vi* dot) {
+template <int BITS, int R, int N = R> INLINE void dot_block(const uint8_t* q, const int32_t* quads, vi* dot) {
   if (BITS == 8) {
     UNROLL for (int j = 0; j < 8; j++) {
       vi v = signed_operand(load_bits(q + 64 * j));
-      UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
+      UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
     }
   } else {
     UNROLL for (int j = 0; j < 4; j++) {
       vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
-      UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
-      UNROLL for (int r = 0; r < R; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
+      UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
+      UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
     }
   }
 }
@@ -280,6 +281,7 @@ template <int BITS, int R> INLINE void dot_block(const uint8_t* q, const int32_t
 // sums (R, 16) of one tile. Whether it comes from memory: what is AHEAD is then asked for.
 template <int BITS, Scales SCALES, int R>
 void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, bool from_memory, float* sums) {
+  constexpr int N = R > MAX_ROWS ? (R + 1) / 2 : R;  // rows at a time
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
   const int32_t* offsets = BITS == 8 ? (SIGNED_BIAS ? x.offset8 : nullptr) : (w.zero_point ? x.offset4 : nullptr);
   for (int part = 0; part < PARTS; part++) {
@@ -290,22 +292,27 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, bool from_me
     UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
     int64_t left = w.group;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
-      const int32_t* quads = x.quads + b * 8 * R;
       if (from_memory && part == 0) prefetch(q + AHEAD, 64 * BITS);
-      vi dot[R];
-      UNROLL for (int r = 0; r < R; r++) dot[r] = offsets ? set1_bits(offsets[b * R + r]) : set1_bits(0);
-      dot_block<BITS, R>(q, quads, dot);
-      if (SCALES == PER_ROW) {
-        UNROLL for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), set1(x.scales[b * R + r]), acc[r]);
-        continue;
-      }
-      vf s = load(scale);
-      UNROLL for (int r = 0; r < R; r++) acc[r] = fma(from_int(dot[r]), mul(s, set1(x.scales[b * R + r])), acc[r]);
-      if (SCALES == WITH_MINIMUM) {
-        vf m = load(minimum);
-        UNROLL for (int r = 0; r < R; r++) acc[r] = fma(m, set1(x.sums[b * R + r]), acc[r]);
-      }
-      if (--left == 0) scale += TILE, minimum += TILE, left = w.group;
+      auto multiply = [&](auto first, auto count) INLINE_LAMBDA {
+        constexpr int F = first, C = count;
+        const int64_t at = b * R + F;
+        vi dot[C];
+        UNROLL for (int r = 0; r < C; r++) dot[r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
+        dot_block<BITS, R, C>(q, x.quads + b * 8 * R + F, dot);
+        if (SCALES == PER_ROW) {
+          UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(from_int(dot[r]), set1(x.scales[at + r]), acc[F + r]);
+          return;
+        }
+        const vf s = load(scale);
+        UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(from_int(dot[r]), mul(s, set1(x.scales[at + r])), acc[F + r]);
+        if (SCALES == WITH_MINIMUM) {
+          const vf m = load(minimum);
+          UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(m, set1(x.sums[at + r]), acc[F + r]);
+        }
+      };
+      multiply(std::integral_constant<int, 0>(), std::integral_constant<int, N>());
+      if constexpr (N < R) multiply(std::integral_constant<int, N>(), std::integral_constant<int, R - N>());
+      if (SCALES != PER_ROW && --left == 0) scale += TILE, minimum += TILE, left = w.group;
     }
     UNROLL for (int r = 0; r < R; r++) {
       if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE + part * W));
@@ -336,7 +343,7 @@ template <int BITS, Scales SCALES, int... R>
 constexpr std::array<IntegerTile, sizeof...(R)> integer_tiles(std::integer_sequence<int, R...>) {
   return {integer_tile<BITS, SCALES, R + 1>...};
 }
-using RowCounts = std::make_integer_sequence<int, MAX_ROWS>;
+using RowCounts = std::make_integer_sequence<int, ALL_ROWS>;
 
 IntegerTile integer_kernel(const Weight& w, int R) {
   static constexpr auto bits4 = integer_tiles<4, PER_GROUP>(RowCounts());
@@ -612,7 +619,7 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
   const bool by_itself = w.kind == BITS8 && task.rows.n == 1;
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
-  alignas(64) float sums[MAX_ROWS * TILE];
+  alignas(64) float sums[ALL_ROWS * TILE];
   for (int64_t from = share.begin, to; from < share.end; from = to) {
     to = std::min(share.end, from + chunk);
     for (int64_t g = 0; g < n_groups; g++) {
@@ -637,8 +644,9 @@ template <class View, int T, class RowCounts, class F>
 void float_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
                  int64_t steps, bool from_memory, F make_view) {
   const int64_t row_words = task.row_length * sizeof(typename View::E) / sizeof(typename View::X);
-  static constexpr auto wide = float_kernels<View, T>(RowCounts()), narrow = float_kernels<View, 1>(RowCounts());
-  alignas(64) float sums[T * RowCounts::size() * TILE];
+  using Few = std::make_integer_sequence<int, std::min<int>(RowCounts::size(), MAX_ROWS)>;
+  static constexpr auto wide = float_kernels<View, T>(Few()), narrow = float_kernels<View, 1>(RowCounts());
+  alignas(64) float sums[std::max<int>(T * Few::size(), RowCounts::size()) * TILE];
   std::vector<View> views;
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
   if (n_groups == 1 && from_memory) chunk = T;  // what is asked for comes just before it is read
@@ -651,7 +659,7 @@ void float_share(const Product& p, const Task& task, const Share& share, int64_t
       const int64_t row = task.rows.first(first_group + g);
       const int R = task.rows.count(first_group + g);
       for (int64_t tile = from; tile < to;) {
-        const int width = tile + T <= to ? T : 1;
+        const int width = R <= MAX_ROWS && tile + T <= to ? T : 1;
         auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
         const Evenly ahead((const char*)views[0].p + (to - from) * tile_bytes, asked, g * (to - from) + tile - from,
                            n_groups * (to - from), width, steps);

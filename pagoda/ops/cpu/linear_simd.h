@@ -12,6 +12,7 @@ constexpr int PARTS = TILE / W;  // vectors across a tile
 
 #if SIMD_AVX512
 constexpr int MAX_ROWS = 12;      // rows of activations in a register tile: 12 sums in flight hide the latency of 5
+constexpr int ALL_ROWS = 16;      // if there are no more, all of them beside one tile
 constexpr int WIDE_TILES = 2;     // tiles side by side in the float kernel
 constexpr int REGISTERS = 32;     // that sums and weights of a step may take
 constexpr int SIGNED_BIAS = 128;  // dot4_signed gives this many times the sum of a too much
@@ -46,7 +47,7 @@ INLINE vi signed_operand(vi w) { return _mm512_xor_si512(w, set1_bits(0x80808080
 INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) { return dot4_small(acc, w, a); }
 
 #elif SIMD_AVX2
-constexpr int MAX_ROWS = 6;
+constexpr int MAX_ROWS = 6, ALL_ROWS = 6;
 constexpr int WIDE_TILES = 1;
 constexpr int REGISTERS = 15;
 constexpr int SIGNED_BIAS = 0;
@@ -75,7 +76,7 @@ INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) {
 }
 
 #else
-constexpr int MAX_ROWS = 4;
+constexpr int MAX_ROWS = 4, ALL_ROWS = 4;
 constexpr int WIDE_TILES = 1;
 constexpr int REGISTERS = 15;
 constexpr int SIGNED_BIAS = 0;
