@@ -11,7 +11,7 @@ from pagoda.ops.linear import embedding, linear, linear_many, multiplies, multip
 
 INTEGER = ["int8", "int4", "q4_0", "q4_1", "q8_0"]
 SHAPES = [(37, 100), (64, 64), (5, 7), (130, 257), (1, 33)]
-ROWS = [1, 2, 7, 25]
+ROWS = [1, 2, 7, 15, 25]
 EPS = 2**-24
 
 
@@ -110,7 +110,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(kernels, form
     packed.invariant = format == "nf4" and kernels.__name__.endswith("_amx")  # all else is so by itself
     x, bias, residual = torch.randn(200, 320), torch.randn(200), torch.randn(200, 200)
     y = linear(x, packed, bias, residual)
-    for rows in (slice(0, 1), slice(0, 8), slice(0, 32), slice(3, 5), slice(7, 20), slice(20, 161)):
+    for first, last in ((0, 1), (0, 8), (0, 12), (4, 20), (0, 32), (3, 5), (7, 20), (20, 161)):
+        rows = slice(first, last)
         assert torch.equal(linear(x[rows], packed, bias, residual[rows]), y[rows])
         assert torch.equal(linear_many(x[rows], [other, packed])[1], linear(x[rows], packed))
     torch.set_num_threads(1)

@@ -168,8 +168,28 @@ void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& 
   }
 }
 
+// Words of 32 bits change places: word i of row r goes to out[i * R + r]. words(r, i) gives W of a row's words from i on,
+// zeros or anything behind the last.
+template <class F> void spread_words(int64_t R, int64_t n_words, void* out, F words) {
+  for (int64_t first = 0; first < n_words; first += W) {
+    vi block[W];
+    for (int64_t r = 0; r < W; r++) block[r] = r < R ? words(r, first) : set1_bits(0);
+    transpose(block);
+    for (int64_t i = 0; i < std::min<int64_t>(W, n_words - first); i++) {  // what is behind R words the next ones overwrite
+      float* to = (float*)out + (first + i) * R;
+      if ((first + i) * R + W <= n_words * R) store_bits(to, block[i]);
+      else store_part(to, (vf)block[i], int(R));
+    }
+  }
+}
+
 // A block with a value that is not finite becomes NaN; one whose values are all below 1e-30 becomes 0.
 void quantize_rows(const Rows& rows, int64_t first, int64_t n, int64_t n_blocks, const Int8Rows& out, Residual* residuals) {
+  static thread_local std::vector<int8_t> memory;  // the rows one behind the other
+  const int64_t length = n_blocks * 32;
+  const bool spread = out.next_word != 1;
+  if (spread) memory.resize(n * length + 4 * W);
+  int8_t* quants = spread ? memory.data() : (int8_t*)out.word(0, 0, 0);
   with_float_type(rows.dtype, [&](auto type) {
     for (int64_t r = 0; r < n; r++) {
       auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
@@ -178,54 +198,44 @@ void quantize_rows(const Rows& rows, int64_t first, int64_t n, int64_t n_blocks,
         load_block(x, b, rows.n_in, v);
         UNROLL for (int i = 0; i < N_VECTORS; i++) top = max(absolute(v[i]), top);
         const float absmax = reduce_max(top);
-        int8_t quants[32];
-        float sum = quantize_block(v, absmax > 1e-30f ? 127 / absmax : 0, quants);
+        const float sum = quantize_block(v, absmax > 1e-30f ? 127 / absmax : 0, quants + r * length + b * 32);
         const bool finite = sum == sum;
-        for (int j = 0; j < 8; j++) memcpy(out.word(r, b, j), quants + 4 * j, 4);
         const int64_t at = b * out.next_block + r;
         out.scales[at] = finite ? absmax / 127 : NAN;
         out.sums[at] = out.scales[at] * sum;
         out.offset4[at] = finite ? -8 * int32_t(sum) : 0;
         out.offset8[at] = finite ? -SIGNED_BIAS * int32_t(sum) : 0;
       }
-      if (residuals)
-        find_residuals(x, rows.n_in, n_blocks, out, r, residuals + (first + r) * count_residuals(n_blocks));
+    }
+    if (spread) spread_words(n, n_blocks * 8, out.quads, [&](int64_t r, int64_t i) { return load_bits(quants + r * length + i * 4); });
+    for (int64_t r = 0; residuals && r < n; r++) {
+      auto x = (const decltype(type)*)rows.x + (first + r) * rows.stride;
+      find_residuals(x, rows.n_in, n_blocks, out, r, residuals + (first + r) * count_residuals(n_blocks));
     }
   });
 }
 
-// n elements (a multiple of 64) of every row of a group, zeros behind the end: as float32, or two by two as bf16. Either way
-// words of 32 bits change places, W of each row at a time.
+// n elements (a multiple of 64) of every row of a group, zeros behind the end: as float32, or two by two as bf16.
 template <class T> void spread_rows(const Rows& rows, int64_t group, int64_t n, T* out) {
-  constexpr int64_t COUNT = W * (4 / sizeof(T));  // elements of a vector of words
-  const int64_t R = rows.count(group), first = rows.first(group), n_words = n * W / COUNT;
-  auto to = (float*)(out + first * n);
+  constexpr int64_t PAIR = 4 / sizeof(T), COUNT = W * PAIR;  // elements of a word, of a vector of words
+  const int64_t first = rows.first(group);
   with_float_type(rows.dtype, [&](auto type) {
     using X = decltype(type);
-    auto words = [](const X* x) INLINE_LAMBDA {
+    auto whole = [](const X* x) INLINE_LAMBDA {
       if constexpr (sizeof(T) == 4) return (vi)load(x);
       else if constexpr (std::is_same_v<X, bf16>) return load_bits(x);
       bf16 pairs[2 * W];
       store(pairs, load(x)), store(pairs + W, load(x + W));
       return load_bits(pairs);
     };
-    for (int64_t k = 0, word = 0; k < n; k += COUNT, word += W) {
-      const int64_t inside = rows.n_in - k;
-      vi block[W];
-      for (int64_t r = 0; r < W; r++) {
-        auto x = (const X*)rows.x + (first + r) * rows.stride + k;
-        X padded[COUNT] = {};
-        if (r >= R || inside <= 0) block[r] = set1_bits(0);
-        else if (inside >= COUNT) block[r] = words(x);
-        else memcpy(padded, x, inside * sizeof(X)), block[r] = words(padded);
-      }
-      transpose(block);
-      for (int64_t i = 0; i < W; i++) {  // what is behind R words the next ones overwrite
-        float* row = to + (word + i) * R;
-        if ((word + i) * R + W <= n_words * R) store_bits(row, block[i]);
-        else store_part(row, (vf)block[i], int(R));
-      }
-    }
+    spread_words(rows.count(group), n / PAIR, out + first * n, [&](int64_t r, int64_t word) {
+      const int64_t k = word * PAIR, inside = rows.n_in - k;
+      auto x = (const X*)rows.x + (first + r) * rows.stride + k;
+      if (inside >= COUNT) return whole(x);
+      X padded[COUNT] = {};
+      if (inside > 0) memcpy(padded, x, inside * sizeof(X));
+      return whole(padded);
+    });
   });
 }
 
