@@ -33,17 +33,17 @@ constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
 // ---------------------------------------------------------------------------------------------------------- decode
 
-// Where consecutive keys or values stand. Behind the last there are W more of it, so that one can always take W at once.
+// Where consecutive keys or values stand. Behind the last there are 3 more of it, so that one can always take 4 at once.
 template <class T> struct Rows {
-  const T* of[CHUNK + W];
+  const T* of[CHUNK + 3];
 
   void find(ptr base, int64_t stride, const int64_t* at, int64_t n) {
     for (int64_t j = 0; j < n; j++) of[j] = (const T*)base + at[j] * stride;
-    std::fill(of + n, of + n + W, n ? of[n - 1] : nullptr);
+    std::fill(of + n, of + n + 3, n ? of[n - 1] : nullptr);
   }
-  // Reads rows from .. to - 1, `bytes` of each, in the order of memory: what was not fetched yet comes faster so.
-  void touch(int64_t from, int64_t to, int64_t offset, int64_t bytes) const {
-    for (int64_t j = from; j < to; j++)
+  // Reads `bytes` of each of n rows, in the order of memory: nothing has been asked for yet, and so it comes fastest.
+  void touch(int64_t n, int64_t offset, int64_t bytes) const {
+    for (int64_t j = 0; j < n; j++)
       for (int64_t b = 0; b < bytes; b += 64) (void)*((const volatile char*)(of[j] + offset) + b);
   }
 };
@@ -132,25 +132,25 @@ void decode_scores(const T* const* keys, int64_t offset, int64_t head_size, int6
   }
 }
 
-// The same with queries and keys in pairs of bf16: one instruction multiplies 2 W elements. n is rounded up to W.
+// The same with queries and keys in pairs of bf16: one instruction multiplies 2 W elements.
 template <int R>
 void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded,
                             float* x, Ahead<bf16>& ahead) {
-  constexpr int64_t LINE = 4 * W;  // bytes of a vector
-  for (int64_t j = 0; j < n; j += W) {
-    const char* later = ahead.take(W * 2 * head_size);
-    for (int r = 0; r < R; r++) {
-      vf acc[W];
-      UNROLL for (vf& a : acc) a = zero();
-      for (int64_t d = 0; d < head_size; d += 2 * W) {
-        const vi query = load_bits((const bf16*)(q + r * padded) + d);
-        UNROLL for (int t = 0; t < W; t++) {
-          if (t % R == 0) ahead.ask(later + d * 2 * W + (r * W / R + t / R) * LINE);
-          acc[t] = dot_bf16(acc[t], query, keys[j + t] + offset + d);
-        }
+  for (int64_t j = 0; j < n; j += 4) {
+    vf acc[R][4];
+    for (auto& row : acc)
+      for (vf& a : row) a = zero();
+    const char* later = ahead.take(4 * 2 * head_size);
+    for (int64_t d = 0; d < head_size; d += 2 * W) {
+      vi query[R];
+      UNROLL for (int r = 0; r < R; r++) query[r] = load_bits((const bf16*)(q + r * padded) + d);
+      UNROLL for (int t = 0; t < 4; t++, later += 4 * W) {
+        ahead.ask(later);
+        const vi key = load_bits(keys[j + t] + offset + d);
+        UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], query[r], key);
       }
-      store(x + r * CHUNK + j, sums(acc));
     }
+    UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
   }
 }
 
@@ -218,7 +218,7 @@ template <class Block> void decode_values(int64_t size, Block block) {
 // The products of R rows with n keys (a multiple of W) that all of them see become weights exp(scale * product - maximum), by
 // the steps of `score` and `weigh`; tail takes each row's maximum and sum. The rows side by side: one would wait for itself.
 template <class T, int R> INLINE void weigh_rows(float* x, int64_t n, float scale, float* tail, Ahead<T>& ahead) {
-  const char* later = ahead.take(n / W * R * 64);
+  const char* later = ahead.take(2 * n / W * R * 64);
   vf largest[R], total[R];
   UNROLL for (int r = 0; r < R; r++) largest[r] = set1(-INF), total[r] = zero();
   for (int64_t i = 0; i < n; i += W)
@@ -226,14 +226,15 @@ template <class T, int R> INLINE void weigh_rows(float* x, int64_t n, float scal
       const vf a = mul(load(x + r * CHUNK + i), set1(scale));
       store(x + r * CHUNK + i, a);
       largest[r] = max(a, largest[r]);
+      ahead.ask(later), later += 64;
     }
   UNROLL for (int r = 0; r < R; r++) {
     tail[2 * r] = reduce_max(largest[r]);
     largest[r] = set1(tail[2 * r] == -INF ? 0 : tail[2 * r]);
   }
   for (int64_t i = 0; i < n; i += W)
-    UNROLL for (int r = 0; r < R; r++, later += 64) {
-      ahead.ask(later);
+    UNROLL for (int r = 0; r < R; r++) {
+      ahead.ask(later), later += 64;
       const vf a = exp(sub(load(x + r * CHUNK + i), largest[r]));
       store(x + r * CHUNK + i, a);
       total[r] = add(total[r], a);
@@ -277,17 +278,16 @@ template <class T> bool in_pairs(int64_t products) {
   return std::is_same_v<T, bf16> && (products == 2 || (products == 1 && native));
 }
 
-// One chunk, from position `start` on, against all rows (queries x group) of key heads first .. last - 1. Keys are taken 16
-// at a time for all heads. Meanwhile what is ahead is asked for: the chunk's values while keys are read, the next keys
-// while values are.
+// One chunk, from position `start` on, against all rows (queries x group) of key heads first .. last - 1. Meanwhile what is
+// ahead is asked for: the chunk's values while keys are read, the next keys while values are.
 template <class T>
 void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, int64_t start, int64_t first, int64_t last, bool pairs,
                   const float* queries, float* results, Ahead<T> ahead) {
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, size = p.head_size;
   const int64_t n = chunk.n, skipped = chunk.skipped, whole = (skipped + n + W - 1) / W * W, *at = chunk.at;
   const bool plain = !p.softcap && !p.alibi && s.low(s.n_q - 1) <= start && s.high(0) >= start + whole;
-  static thread_local std::vector<float> memory;  // (heads, rows, CHUNK); scores come up to W at a time, the last may reach past
-  memory.resize((last - first) * rows * CHUNK + W);
+  static thread_local std::vector<float> memory;  // (heads, rows, CHUNK); scores come 4 at a time, the last may reach past
+  memory.resize((last - first) * rows * CHUNK + 3);
   float* scores = memory.data();
   Ahead<T> nothing;
   auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
@@ -298,16 +298,12 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
       });
   };
 
-  for (int64_t j = 0; j < n; j += 16) {
-    const int64_t count = std::min<int64_t>(16, n - j);
-    chunk.keys.touch(j, j + count, first * size, (last - first) * size * sizeof(T));
-    for (int64_t head = first; head < last; head++)
-      for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*, Ahead<T>& ahead) {
-        if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of + j, head * size, size, count, q, padded, x + skipped + j, ahead);
-        decode_scores<T, R>(chunk.keys.of + j, head * size, size, count, q, padded, x + skipped + j, ahead);
-      });
-  }
+  for (int64_t head = first; head < last; head++)
+    for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*, Ahead<T>& ahead) {
+      if constexpr (std::is_same_v<T, bf16>)
+        if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of, head * size, size, n, q, padded, x + skipped, ahead);
+      decode_scores<T, R>(chunk.keys.of, head * size, size, n, q, padded, x + skipped, ahead);
+    });
   for (int64_t head = first; head < last; head++) {
     for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result, Ahead<T>& ahead) {
       float* tail = result + R * padded;
@@ -446,7 +442,7 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
       Chunk<T>&now = chunks[turn], &next = chunks[turn ^ 1];
       if (i == begin) {
         now.find(p, span.sequence, item.chunk);
-        now.keys.touch(0, now.n, first * p.head_size, (last - first) * head_bytes);
+        now.keys.touch(now.n, first * p.head_size, (last - first) * head_bytes);
       }
       i += last - first;
       if (i < end) next.find(p, spans[items[i / heads].span].sequence, items[i / heads].chunk);

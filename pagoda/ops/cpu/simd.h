@@ -115,7 +115,7 @@ INLINE void interleave(const void* a, const void* b, void* out) {  // 16-bit lan
   vi hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
   store_bits(out, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
 }
-// The four sums of four vectors; `sums` the W sums of W. zip makes pairs of 16 bits of two vectors' elements.
+// The four sums of four vectors. zip makes pairs of 16 bits of two vectors' elements.
 INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
   auto halves = [](vf x, vf y) { return add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee)); };
   const vf x = halves(a, c), y = halves(b, d);
@@ -124,17 +124,6 @@ INLINE void sum4(vf a, vf b, vf c, vf d, float* out) {
   s = add(s, _mm512_permute_ps(s, 0x4e));
   const __m512i order = _mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(order, s)));
-}
-INLINE vf sums(const vf (&a)[W]) {
-  auto halves = [](vf x, vf y) { return add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee)); };
-  vf s[4];
-  UNROLL for (int i = 0; i < 4; i++) {  // by four lanes a[i], a[i + 4], a[i + 8], a[i + 12]
-    const vf x = halves(a[i], a[i + 4]), y = halves(a[i + 8], a[i + 12]);
-    s[i] = add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-  }
-  auto lanes = [](vf x, vf y) { return add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
-  const __m512d x = _mm512_castps_pd(lanes(s[0], s[1])), y = _mm512_castps_pd(lanes(s[2], s[3]));
-  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
 INLINE void zip(vi a, vi b, vi& x, vi& y) { x = _mm512_unpacklo_epi16(a, b), y = _mm512_unpackhi_epi16(a, b); }
 INLINE void transpose(vi (&r)[W]) {
@@ -330,14 +319,6 @@ INLINE void transpose(vi (&r)[W]) {
 #endif
 
 // ---------------------------------------------------------------- what follows is the same for all
-
-#if !SIMD_AVX512
-INLINE vf sums(const vf (&a)[W]) {
-  float out[W];
-  for (int i = 0; i < W; i += 4) sum4(a[i], a[i + 1], a[i + 2], a[i + 3], out + i);
-  return load(out);
-}
-#endif
 
 // The first n < W elements, the other lanes 0; through a buffer, because tails are rare.
 template <class T> INLINE vf load_part(const T* p, int n) {
