@@ -434,7 +434,7 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
 
 #if defined(__AVX512BF16__)
 struct Nf4PairView : MultiplyPairs {  // the same words as 4 pairs of unscaled bf16: a block's sum is scaled
-  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 2, NARROW = 4;  // of more rows a second tile's sums would not fit
+  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 2, NARROW = 4;
   const uint8_t* p;
   const float* scales;
   INLINE void load(int64_t step, int, vi* v) const {
