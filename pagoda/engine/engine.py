@@ -105,7 +105,7 @@ class Engine:
         rope = model.rope
         by_length = rope is not None and rope.by_length
         cache = Cache(specs[0], blocks.n + 1, size, self.kv_dtype, model.device)
-        self.runner = Runner(model, cache)
+        self.runner, self.caches = Runner(model, cache), [cache]
         beyond = rope.recompute_beyond if rope is not None else None
         caching = o.prefix_caching and not by_length and not model.n_virtual
         self.scheduler = Scheduler(blocks, o, model.n_virtual, beyond, caching)
@@ -113,6 +113,7 @@ class Engine:
         if self.draft is not None:
             shadow = Cache(specs[1], blocks.n + 1, size, self.kv_dtype, model.device)
             self.speculator = DraftModel(Runner(self.draft, shadow))
+            self.caches.append(shadow)
         elif o.speculate == "ngram":
             self.speculator = PromptLookup()
         if by_length or model.n_virtual:
@@ -157,6 +158,9 @@ class Engine:
         self.groups[group] = None
         self.prompt_tokens += len(request.prompt)
         self.scheduler.add(group.sequences[0])
+        for cache in self.caches:
+            if not cache.in_huge_pages:
+                cache.expect(self.scheduler.n_tokens)
         return group
 
     def abort(self, group: Group) -> None:

@@ -121,6 +121,11 @@ class Scheduler:
             budget -= n
         return list(works.values())
 
+    @property
+    def n_tokens(self) -> int:
+        """Of all sequences that run or wait."""
+        return sum(len(s.tokens) for s in (*self.running, *self.waiting))
+
     def n_blocks(self, n: int) -> int:
         """Blocks that hold n tokens of a sequence."""
         return -(-(self.n_virtual + n) // self.blocks.size)

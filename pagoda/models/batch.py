@@ -5,6 +5,8 @@ The same description serves training (no cache), prefill, decode and any mixture
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagoda.common import PagodaError
+from pagoda.common import PagodaError, use_huge_pages
 
 
 @dataclass
@@ -92,12 +94,13 @@ class PagedKV:
     n_kv_head: int
     head_size: int
 
-    def allocate(self, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
+    def allocate(self, n_pages: int, page_size: int, dtype: torch.dtype, new: Callable[..., Tensor]) -> PagedKVCache:
+        """new(shape, dtype) gives the memory."""
         shape = (n_pages, page_size, self.n_kv_head, self.head_size)
-        k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        k, v = (new(shape, dtype) for _ in range(2))
         if dtype != torch.int8:
             return PagedKVCache(k, v)
-        return PagedKVCache(k, v, *(torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(2)))
+        return PagedKVCache(k, v, *(new(shape[:3], torch.float32) for _ in range(2)))
 
     def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page of keys and values, scales included."""
@@ -124,13 +127,35 @@ class PagedKVCache:
 class Cache:
     """The memory of all layers, as each declares it (`cache_spec`). Who owns which page is the engine's business."""
 
+    ALIGNMENT, HUGE = 256, 2**21  # bytes: where a tensor begins; a large page of the system
+
     def __init__(self, specs: list[PagedKV], n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
         self.page_size, self.n_pages = page_size, n_pages
+        self.token_bytes = max((spec.page_bytes(1, dtype) for spec in specs), default=0)  # of a layer
+        size = n_pages * sum(spec.page_bytes(page_size, dtype) for spec in specs)
         try:
-            self.layers = [spec.allocate(n_pages, page_size, dtype, device) for spec in specs]
+            self.memory = torch.empty(size + 4 * self.ALIGNMENT * len(specs), dtype=torch.uint8, device=device)
         except RuntimeError as e:  # torch's allocators raise it when memory runs out
-            gib = n_pages * sum(s.page_bytes(page_size, dtype) for s in specs) / 2**30
-            raise PagodaError(f"no memory for a key/value cache of {gib:.1f} GiB: ask for a shorter context") from e
+            raise PagodaError(
+                f"no memory for a key/value cache of {size / 2**30:.1f} GiB: ask for a shorter context"
+            ) from e
+        self.in_huge_pages = device.type != "cpu"
+        free = self.memory
+
+        def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            nonlocal free
+            n = math.prod(shape) * dtype.itemsize
+            place, free = free[:n], free[-(-n // self.ALIGNMENT) * self.ALIGNMENT :]
+            return place.view(dtype).view(shape)
+
+        self.layers = [spec.allocate(n_pages, page_size, dtype, new) for spec in specs]
+
+    def expect(self, n_tokens: int) -> None:
+        """So many tokens are there or about to come. Where they fill half of a page of 2 MB in every tensor, what was
+        not touched yet is taken in such pages, which are read 2 to 10 % faster. Fewer tokens would leave them empty."""
+        if not self.in_huge_pages and n_tokens * self.token_bytes >= self.HUGE:  # keys and values: half of it each
+            use_huge_pages(self.memory.data_ptr(), self.memory.nbytes)
+            self.in_huge_pages = True
 
     def copy(self, source: int, target: int) -> None:
         """One page onto another, in every layer."""

@@ -6,12 +6,13 @@ import torch
 import transformers
 
 from pagoda import PagodaError, Sampling
+from pagoda.common import use_huge_pages
 from pagoda.engine.blocks import Blocks
 from pagoda.engine.engine import Engine, Timing
 from pagoda.engine.options import EngineOptions
 from pagoda.engine.request import Request
 from pagoda.engine.speculate import lookup
-from pagoda.models.batch import Batch
+from pagoda.models.batch import Batch, Cache, PagedKV
 from pagoda.models.layers import Linear, set_weight
 from pagoda.models.loader import load
 from pagoda.models.registry import from_hf_config
@@ -470,3 +471,52 @@ def test_recorded_steps_draw_what_python_draws(model):
     assert not drawn[1]
     assert drawn[-1]
     assert sum(drawn) >= 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_tensors_of_a_cache_share_no_memory(dtype):
+    cache = Cache([PagedKV(2, 6), PagedKV(3, 10)], 5, 4, dtype, torch.device("cpu"))
+    tensors = [t for c in cache.layers for t in (c.k, c.v, c.k_scale, c.v_scale) if t is not None]
+    assert len(tensors) == (8 if dtype == torch.int8 else 4)
+    for i, t in enumerate(tensors):
+        t.fill_(i)
+    assert all((t == i).all() for i, t in enumerate(tensors))
+    assert [tuple(c.k.shape) for c in cache.layers] == [(5, 4, 2, 6), (5, 4, 3, 10)]
+
+
+def huge_kb() -> int:
+    with open("/proc/self/smaps_rollup") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("AnonHugePages"))
+
+
+def huge_pages_exist() -> bool:
+    memory = torch.empty(2**24, dtype=torch.uint8)
+    try:
+        before = huge_kb()
+        use_huge_pages(memory.data_ptr(), memory.nbytes)
+        memory.zero_()
+        return huge_kb() > before
+    except (OSError, StopIteration):
+        return False
+
+
+@pytest.mark.skipif(not huge_pages_exist(), reason="the system has no pages of 2 MB")
+@pytest.mark.parametrize("n_tokens", [1000, 5000])
+def test_only_many_tokens_take_large_pages(n_tokens):
+    cache = Cache([PagedKV(4, 64)] * 2, 2048, 16, torch.bfloat16, torch.device("cpu"))  # 1 KB a token and layer
+    before = huge_kb()
+    cache.expect(n_tokens)
+    for layer in cache.layers:
+        layer.k[: n_tokens // 16].zero_()
+    assert cache.in_huge_pages == (huge_kb() > before) == (n_tokens > 2048)
+
+
+def test_waiting_and_running_tokens_are_expected_together(model, monkeypatch):
+    monkeypatch.setattr(Cache, "HUGE", 50 * sum(s.page_bytes(1, model.dtype) for s in model.cache_specs()[:1]))
+    engine = engine_of(model)
+    for i, n in enumerate((20, 20, 20)):
+        engine.add(Request(list(range(1, n + 1)), GREEDY))
+        assert engine.runner.cache.in_huge_pages == (i == 2)
+    engine = engine_of(model, draft=make(1))
+    engine.add(Request(list(range(1, 60)), GREEDY))
+    assert [cache.in_huge_pages for cache in engine.caches] == [True, True]

@@ -49,7 +49,7 @@ template <class T> struct Rows {
 };
 
 // What a thread will need next, in the order in which it lies in memory: that decides, by a factor of two, how fast it
-// comes. One line is asked for wherever one is read: what is asked for in bursts the CPU forgets.
+// comes. One line is asked for wherever one is read: what is asked for in bursts, of 4 even, the CPU forgets or has to wait for.
 template <class T> struct Ahead {
   struct Part {  // the same heads of n rows
     const Rows<T>* rows;
@@ -68,9 +68,11 @@ template <class T> struct Ahead {
   INLINE void ask(const char* line) const {
     if (near) __builtin_prefetch(line, 0, 0);
     else __builtin_prefetch(line);
+    asm volatile("");  // here: the compiler would gather several
   }
-  INLINE void ask_all(const char* lines, int64_t bytes) const {
-    UNROLL for (int64_t i = 0; i < bytes; i += 64) ask(lines + i);
+  // Bytes first .. last - 1 of those that were taken.
+  INLINE void ask(const char* taken, int64_t first, int64_t last) const {
+    UNROLL for (int64_t i = (first + 63) / 64 * 64; i < last; i += 64) ask(taken + i);
   }
 
  private:
@@ -102,69 +104,84 @@ template <class T> struct Ahead {
   const char *now = (const char*)this, *until = now;  // rows that follow each other
 };
 
-// x[r][j] = q[r] . key j, for R rows and n keys (rounded up to fours); the head begins at `offset` in each row. q is laid
-// out as load_pair reads the keys.
+// Some rows of some heads: row r of head h stands at h * by_head + r * by_row elements of `of`.
+template <class F> struct Block {
+  F* of;
+  int64_t by_head, by_row;
+
+  INLINE F* operator()(int64_t head, int64_t row) const { return of + head * by_head + row * by_row; }
+};
+
+// x[r][j] = q[r] . key j of each of some heads, for R rows and n keys (rounded up to fours). The first head begins at `offset` in
+// each key. 4 keys meet all heads, and so they are read in the order of memory. q is laid out as load_pair reads the keys.
 template <class T, int R>
-void decode_scores(const T* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded, float* x,
-                   Ahead<T>& ahead) {
-  for (int64_t j = 0; j < n; j += 4) {
-    vf acc[R][4];
-    for (auto& row : acc)
-      for (vf& a : row) a = zero();
-    auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
-      constexpr int64_t BYTES = 4 * 2 * W * sizeof(T);
-      ahead.ask_all(ahead.take(BYTES), BYTES);
-      UNROLL for (int t = 0; t < 4; t++) {
-        vf a, b;
-        load_pair(key(t), a, b);
-        UNROLL for (int r = 0; r < R; r++)
-          acc[r][t] = fma(b, load(q + r * padded + d + W), fma(a, load(q + r * padded + d), acc[r][t]));
+void decode_scores(const T* const* keys, int64_t offset, int64_t heads, int64_t head_size, int64_t n, Block<const float> q,
+                   Block<float> x, Ahead<T>& ahead) {
+  for (int64_t j = 0; j < n; j += 4)
+    for (int64_t head = 0; head < heads; head++) {
+      vf acc[R][4];
+      for (auto& row : acc)
+        for (vf& a : row) a = zero();
+      auto step = [&](int64_t d, auto key) INLINE_LAMBDA {
+        constexpr int64_t BYTES = 2 * W * sizeof(T);
+        const char* later = ahead.take(4 * BYTES);
+        vf query[R][2];
+        UNROLL for (int r = 0; r < R; r++) query[r][0] = load(q(head, r) + d), query[r][1] = load(q(head, r) + d + W);
+        UNROLL for (int t = 0; t < 4; t++) {
+          vf a, b;
+          load_pair(key(t), a, b);
+          UNROLL for (int r = 0; r < R; r++) acc[r][t] = fma(b, query[r][1], fma(a, query[r][0], acc[r][t]));
+          ahead.ask(later, t * BYTES, (t + 1) * BYTES);
+        }
+      };
+      const int64_t at = offset + head * head_size;
+      int64_t d = 0;
+      for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return keys[j + t] + at + d; });
+      if (d < head_size) {
+        T tail[4][2 * W] = {};
+        for (int t = 0; t < 4; t++) memcpy(tail[t], keys[j + t] + at + d, (head_size - d) * sizeof(T));
+        step(d, [&](int t) { return (const T*)tail[t]; });
       }
-    };
-    int64_t d = 0;
-    for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return keys[j + t] + offset + d; });
-    if (d < head_size) {
-      T tail[4][2 * W] = {};
-      for (int t = 0; t < 4; t++) memcpy(tail[t], keys[j + t] + offset + d, (head_size - d) * sizeof(T));
-      step(d, [&](int t) { return (const T*)tail[t]; });
+      UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x(head, r) + j);
     }
-    UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
-  }
 }
 
 // The same with queries and keys in pairs of bf16: one instruction multiplies 2 W elements.
 template <int R>
-void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t head_size, int64_t n, const float* q, int64_t padded,
-                            float* x, Ahead<bf16>& ahead) {
-  for (int64_t j = 0; j < n; j += 4) {
-    vf acc[R][4];
-    for (auto& row : acc)
-      for (vf& a : row) a = zero();
-    const char* later = ahead.take(4 * 2 * head_size);
-    for (int64_t d = 0; d < head_size; d += 2 * W) {
-      vi query[R];
-      UNROLL for (int r = 0; r < R; r++) query[r] = load_bits((const bf16*)(q + r * padded) + d);
-      UNROLL for (int t = 0; t < 4; t++, later += 4 * W) {
-        ahead.ask(later);
-        const vi key = load_bits(keys[j + t] + offset + d);
-        UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], query[r], key);
+void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t heads, int64_t head_size, int64_t n,
+                            Block<const float> q, Block<float> x, Ahead<bf16>& ahead) {
+  for (int64_t j = 0; j < n; j += 4)
+    for (int64_t head = 0; head < heads; head++) {
+      vf acc[R][4];
+      for (auto& row : acc)
+        for (vf& a : row) a = zero();
+      const char* later = ahead.take(4 * 2 * head_size);
+      for (int64_t d = 0; d < head_size; d += 2 * W) {
+        vi query[R];
+        UNROLL for (int r = 0; r < R; r++) query[r] = load_bits((const bf16*)q(head, r) + d);
+        UNROLL for (int t = 0; t < 4; t++, later += 4 * W) {
+          const vi key = load_bits(keys[j + t] + offset + head * head_size + d);
+          UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], query[r], key);
+          ahead.ask(later);
+        }
       }
+      UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x(head, r) + j);
     }
-    UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x + r * CHUNK + j);
-  }
 }
 
 // o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from `offset` on; of the last pair `length` exist.
-template <class T, int R, int P>
+// weigh(j) comes before the weights from j on are read.
+template <class T, int R, int P, class Weigh>
 INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t n, const float* x, float* o, int64_t padded,
-                                int64_t length, Ahead<T>& ahead) {
+                                int64_t length, Ahead<T>& ahead, Weigh weigh) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
   T tail[2 * W] = {};
   for (int64_t j = 0; j < n; j++) {
+    weigh(j);
     constexpr int64_t BYTES = P * 2 * W * sizeof(T);
-    ahead.ask_all(ahead.take(BYTES), BYTES);
+    ahead.ask(ahead.take(BYTES), 0, BYTES);
     const T* row = values[j] + offset;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
@@ -180,9 +197,9 @@ INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t 
 
 // The same with weights and values in pairs of bf16, P of whole vectors. x[r] holds the weights of the chunk's positions 0,
 // 1, 2 ..., where the keys stand from `skipped` on: a pair is the same one in every step. Elements come in zip's order.
-template <int R, int P>
+template <int R, int P, class Weigh>
 INLINE void decode_values_block_in_pairs(const bf16* const* values, int64_t offset, int64_t skipped, int64_t n, const float* x,
-                                         float* o, int64_t padded, Ahead<bf16>& ahead) {
+                                         float* o, int64_t padded, Ahead<bf16>& ahead, Weigh weigh) {
   vf acc[R][2 * P];
   for (auto& row : acc)
     for (vf& a : row) a = zero();
@@ -193,15 +210,15 @@ INLINE void decode_values_block_in_pairs(const bf16* const* values, int64_t offs
     for (int r = 0; r < R; r++) {
       const vi weight = set1_bits(bits_of(x[r * CHUNK + position / 2]));
       for (int i = 0; i < 2 * P; i++) {
-        if (r == 0) ahead.ask(later + i * 4 * W);
         acc[r][i] = dot_bf16(acc[r][i], weight, value[i]);
+        if ((r * 2 * P + i) % R == 0) ahead.ask(later), later += 4 * W;
       }
     }
   };
   static const bf16 NOTHING[2 * W * P] = {};  // stands in for a pair's other half
   int64_t j = 0;
   if (skipped % 2 && n) step(skipped - 1, NOTHING, values[j++] + offset);
-  for (; j + 1 < n; j += 2) step(skipped + j, values[j] + offset, values[j + 1] + offset);
+  for (; j + 1 < n; j += 2) weigh(j), step(skipped + j, values[j] + offset, values[j + 1] + offset);
   if (j < n) step(skipped + j, values[j] + offset, NOTHING);
   for (int r = 0; r < R; r++)
     for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
@@ -215,31 +232,13 @@ template <class Block> void decode_values(int64_t size, Block block) {
   for (; d < size; d += 2 * W) block(std::integral_constant<int, 1>(), d, std::min<int64_t>(2 * W, size - d));
 }
 
-// The products of R rows with n keys (a multiple of W) that all of them see become weights exp(scale * product - maximum), by
-// the steps of `score` and `weigh`; tail takes each row's maximum and sum. The rows side by side: one would wait for itself.
-template <class T, int R> INLINE void weigh_rows(float* x, int64_t n, float scale, float* tail, Ahead<T>& ahead) {
-  const char* later = ahead.take(2 * n / W * R * 64);
-  vf largest[R], total[R];
-  UNROLL for (int r = 0; r < R; r++) largest[r] = set1(-INF), total[r] = zero();
+// The largest of the products of R rows with n keys (a multiple of W), scaled as by `score`.
+template <int R> INLINE void find_largest(const float* x, int64_t n, float scale, float* tail) {
+  vf largest[R];
+  UNROLL for (int r = 0; r < R; r++) largest[r] = set1(-INF);
   for (int64_t i = 0; i < n; i += W)
-    UNROLL for (int r = 0; r < R; r++) {
-      const vf a = mul(load(x + r * CHUNK + i), set1(scale));
-      store(x + r * CHUNK + i, a);
-      largest[r] = max(a, largest[r]);
-      ahead.ask(later), later += 64;
-    }
-  UNROLL for (int r = 0; r < R; r++) {
-    tail[2 * r] = reduce_max(largest[r]);
-    largest[r] = set1(tail[2 * r] == -INF ? 0 : tail[2 * r]);
-  }
-  for (int64_t i = 0; i < n; i += W)
-    UNROLL for (int r = 0; r < R; r++) {
-      ahead.ask(later), later += 64;
-      const vf a = exp(sub(load(x + r * CHUNK + i), largest[r]));
-      store(x + r * CHUNK + i, a);
-      total[r] = add(total[r], a);
-    }
-  UNROLL for (int r = 0; r < R; r++) tail[2 * r + 1] = reduce_add(total[r]);
+    UNROLL for (int r = 0; r < R; r++) largest[r] = max(mul(load(x + r * CHUNK + i), set1(scale)), largest[r]);
+  UNROLL for (int r = 0; r < R; r++) tail[2 * r] = reduce_max(largest[r]);
 }
 
 // At most SPAN chunks of a sequence. A result of one, or of several, is for each key head and row `padded` floats, behind
@@ -290,45 +289,65 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
   memory.resize((last - first) * rows * CHUNK + 3);
   float* scores = memory.data();
   Ahead<T> nothing;
-  auto for_each_block = [&](int64_t head, auto f) {  // rows of one head, as many as the registers hold
+  auto for_each_block = [&](auto f) {  // of rows, as many as the registers hold
     for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
-      with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) {
-        const int64_t at = head * rows + r0;
-        f(R, r0, queries + at * padded, scores + (at - first * rows) * CHUNK, results + at * (padded + 2), r0 ? nothing : ahead);
-      });
+      with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) { f(R, r0, r0 ? nothing : ahead); });
   };
 
-  for (int64_t head = first; head < last; head++)
-    for_each_block(head, [&](auto R, int64_t, const float* q, float* x, float*, Ahead<T>& ahead) {
-      if constexpr (std::is_same_v<T, bf16>)
-        if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of, head * size, size, n, q, padded, x + skipped, ahead);
-      decode_scores<T, R>(chunk.keys.of, head * size, size, n, q, padded, x + skipped, ahead);
-    });
+  for_each_block([&](auto R, int64_t r0, Ahead<T>& ahead) {
+    const Block<const float> q{queries + (first * rows + r0) * padded, rows * padded, padded};
+    const Block<float> x{scores + r0 * CHUNK + skipped, rows * CHUNK, CHUNK};
+    if constexpr (std::is_same_v<T, bf16>)
+      if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of, first * size, last - first, size, n, q, x, ahead);
+    decode_scores<T, R>(chunk.keys.of, first * size, last - first, size, n, q, x, ahead);
+  });
   for (int64_t head = first; head < last; head++) {
-    for_each_block(head, [&](auto R, int64_t r0, const float*, float* x, float* result, Ahead<T>& ahead) {
+    for_each_block([&](auto R, int64_t r0, Ahead<T>& ahead) {
+      float* x = scores + ((head - first) * rows + r0) * CHUNK;
+      float* result = results + (head * rows + r0) * (padded + 2);
       float* tail = result + R * padded;
-      auto multiply = [&](const float* scale) {  // by the scales of the keys or values
+      auto multiply = [&](const float* scale, int64_t from, int64_t to) {  // by the scales of the keys or values
         for (int r = 0; scale && r < R; r++)
-          for (int64_t j = 0; j < n; j++) x[r * CHUNK + skipped + j] *= scale[at[j] * p.n_kv_head + head];
+          for (int64_t j = from; j < to; j++) x[r * CHUNK + skipped + j] *= scale[at[j] * p.n_kv_head + head];
       };
-      multiply(p.k_scale);
-      if (plain) weigh_rows<T, R>(x, whole, p.scale, tail, ahead);
-      for (int r = 0; !plain && r < R; r++) {
-        float* row = x + r * CHUNK;
-        std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
-        std::fill(row + skipped + n, row + whole, 0.0f);
-        tail[2 * r] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
-        tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
+      multiply(p.k_scale, 0, n);
+      vf total[R];
+      if (plain) {
+        find_largest<R>(x, n, p.scale, tail);
+        for (vf& t : total) t = zero();
+      } else {
+        for (int r = 0; r < R; r++) {
+          float* row = x + r * CHUNK;
+          std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
+          std::fill(row + skipped + n, row + whole, 0.0f);
+          tail[2 * r] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
+          tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
+        }
+        multiply(p.v_scale, 0, n);
+        for (int r = 0; pairs && r < R; r++)
+          for (int64_t j = 0; j < whole; j += W) store((bf16*)(x + r * CHUNK) + j, load(x + r * CHUNK + j));
       }
-      multiply(p.v_scale);
-      for (int r = 0; pairs && r < R; r++)
-        for (int64_t j = 0; j < whole; j += W) store((bf16*)(x + r * CHUNK) + j, load(x + r * CHUNK + j));
+      bool fresh;
+      auto weigh_some = [&](int64_t j) INLINE_LAMBDA {  // by the steps of `score` and `weigh`, W weights of each row: all at once
+        if (j % W || !fresh) return;                    // would be a time in which nothing is read
+        for (int r = 0; r < R; r++) {
+          float* row = x + r * CHUNK;
+          const vf largest = set1(tail[2 * r] == -INF ? 0 : tail[2 * r]);
+          const vf a = exp(sub(mul(load(row + j), set1(p.scale)), largest));
+          total[r] = add(total[r], a);
+          if (pairs) store((bf16*)row + j, a);
+          else store(row + j, a);
+        }
+        multiply(p.v_scale, j, j + W);
+      };
       decode_values(size, [&](auto P, int64_t d, int64_t length) INLINE_LAMBDA {
         const int64_t offset = head * size + d;
+        fresh = plain && d == 0;
         if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) return decode_values_block_in_pairs<R, P>(chunk.values.of, offset, skipped, n, x, result + d, padded, ahead);
-        decode_values_block<T, R, P>(chunk.values.of, offset, n, x + skipped, result + d, padded, length, ahead);
+          if (pairs) return decode_values_block_in_pairs<R, P>(chunk.values.of, offset, skipped, n, x, result + d, padded, ahead, weigh_some);
+        decode_values_block<T, R, P>(chunk.values.of, offset, n, x + skipped, result + d, padded, length, ahead, weigh_some);
       });
+      for (int r = 0; plain && r < R; r++) tail[2 * r + 1] = reduce_add(total[r]);
     });
   }
 }
