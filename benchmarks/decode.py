@@ -3,7 +3,8 @@
 usage: python benchmarks/decode.py PEERS_DIR [--rounds 3] [--prompt_tokens 512] [--new_tokens 64] [--only REGEX]
 
 PEERS_DIR is what setup_peers.sh built. Every system gets the same threads and random tokens, in a process of its own;
-a round measures each system once, and the medians of the rounds count. With --only the systems whose names match are
+a round measures each system once, and the medians of the rounds count, of their ratios too. What a long context costs
+is measured in one process, a few steps of either length in turns. With --only the systems whose names match are
 measured, and printed with their ratios to the last of them; RESULTS.md stays as it is.
 """
 
@@ -48,15 +49,17 @@ def main() -> None:
         transformers = [args.peers / "transformers/bin/python", HERE / "peer_transformers.py"]
         systems = {
             "pagoda, the file's bits (Q4_1, head Q8_0)": ours(gguf, *size),
+            **{f"llama.cpp {t}": [*llamacpp, gguf, t, *size, threads] for t in ("Q4_0", "Q4_1")},
             "pagoda int4": ours(hf, *size, "--quantize", "int4"),
             "pagoda nf4": ours(hf, *size, "--quantize", "nf4"),
-            "pagoda int8": ours(hf, *size, "--quantize", "int8"),
             "pagoda int8, bf16 activations": ours(hf, *size, "--quantize", "int8", "--dtype", "bf16"),
+            "pagoda int8": ours(hf, *size, "--quantize", "int8"),
+            "llama.cpp Q8_0": [*llamacpp, gguf, "Q8_0", *size, threads],
+            "llama.cpp BF16": [*llamacpp, gguf, "BF16", *size, threads],
             "pagoda bf16": ours(hf, *size, "--dtype", "bf16"),
-            "pagoda float32": ours(hf, *size, "--dtype", "float32"),
-            "pagoda bf16, without kernels": ours(hf, *size, "--dtype", "bf16", reference=True),
-            **{f"llama.cpp {t}": [*llamacpp, gguf, t, *size, threads] for t in ("Q4_0", "Q4_1", "Q8_0", "BF16")},
             "transformers bf16": [*transformers, hf, "bfloat16", *size, threads],
+            "pagoda bf16, without kernels": ours(hf, *size, "--dtype", "bf16", reference=True),
+            "pagoda float32": ours(hf, *size, "--dtype", "float32"),
             "transformers float32": [*transformers, hf, "float32", *size, threads],
             "pagoda, 8,000 tokens of context": ours(gguf, "8000", size[1]),
             "pagoda, 8,000 tokens of context, int8 cache": ours(gguf, "8000", size[1], "--kv_dtype", "int8"),
@@ -64,11 +67,14 @@ def main() -> None:
             "llama.cpp, TinyLlama's shape, Q4_0": [*llamacpp, tiny, "same", *size, threads],
         }
         systems = {name: command for name, command in systems.items() if re.search(args.only, name)}
-        rounds = [{name: run(command) for name, command in systems.items()} for _ in range(args.rounds)]
+        rounds, growths = [], []
+        for _ in range(args.rounds):
+            rounds.append({name: run(command) for name, command in systems.items()})
+            growths += [] if args.only else [growth(gguf)]
     figures = {name: [key for key, x in rounds[0][name].items() if not isinstance(x, dict)] for name in systems}
     median = {name: {k: statistics.median(r[name][k] for r in rounds) for k in keys} for name, keys in figures.items()}
     if not args.only:
-        return report(table(median, args))
+        return report(table(median, rounds, growths, args))
     last = median[list(systems)[-1]]
     for name, r in median.items():
         rates = (f"{key} {r[key]:.1f} ({r[key] / last[key]:.2f} x)" for key in ("prefill", "decode"))
@@ -92,7 +98,44 @@ def run(command: list) -> dict[str, float]:
     return result
 
 
-def table(rates: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps: int = 4) -> float:
+    """A decode step's time with `long` tokens of context over that with `short` ones, as a multiple of what their bytes
+    say: the median of turns of a few steps each, by two engines in this process."""
+    from pagoda.engine.engine import Engine
+    from pagoda.engine.llm import LLM
+    from pagoda.engine.options import EngineOptions, Sampling
+    from pagoda.engine.request import Request
+    from pagoda.evaluate.bench import decode_bytes
+
+    model = LLM.load(gguf).model
+    engines = []
+    for n in (short, long):
+        options = EngineOptions(max_num_seqs=1, max_step_tokens=2048, prefix_caching=False)
+        engine = Engine(model, options=options, kv_dtype=torch.bfloat16)
+        prompt = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+        engine.add(Request(prompt, Sampling(temperature=0, max_new_tokens=model.config.block_size - n)))
+        while engine.timing.decode_tokens < 16:  # prefill and the first steps, which are written down
+            engine.step()
+        engines.append(engine)
+    ratios = []
+    for _ in range(turns):
+        seconds = []
+        for engine in engines:
+            before = engine.timing.decode_seconds
+            for _ in range(steps):
+                engine.step()
+            seconds.append(engine.timing.decode_seconds - before)
+        ratios.append(seconds[1] / seconds[0])
+    read = [decode_bytes(model, torch.bfloat16, n + 16 + turns * steps // 2, 1) for n in (short, long)]
+    low, middle, high = (q * read[0] / read[1] for q in statistics.quantiles(ratios))
+    print(f"{middle:9.2f}  {long} against {short} tokens (quarters at {low:.2f} and {high:.2f})", file=sys.stderr)
+    return middle
+
+
+Rates = dict[str, dict[str, float]]
+
+
+def table(rates: Rates, rounds: list[Rates], growths: list[float], args: argparse.Namespace) -> str:
     own = rates["pagoda, the file's bits (Q4_1, head Q8_0)"]
     lines = [
         f"{cpu_name()}, {platform.machine()}, {torch.get_num_threads()} threads; read bandwidth "
@@ -105,13 +148,17 @@ def table(rates: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     for name, r in rates.items():
         share = f"{r['decode_share_of_bandwidth']:.0%}" if "decode_share_of_bandwidth" in r else ""
         lines.append(f"| {name} | {r['prefill']:.0f} | {r['decode']:.1f} | {share} |")
-    lines += ["", "| target | asked | seen | what asked would read, of the bandwidth |", "|---|---|---|---|"]
-    for what, asked, ratio, *needed in targets(rates):
-        lines.append(f"| {what} | {asked} | {ratio:.2f} | {''.join(map('{:.0%}'.format, needed))} |")
+    lines += ["", "| target | asked | seen | in each round | what asked would read, of the bandwidth |"]
+    lines += ["|---|---|---|---|---|"]
+    for same in zip(*(targets(r, g) for r, g in zip(rounds, growths))):  # a target in all rounds
+        what, asked = same[0][:2]
+        seen, *needed = (statistics.median(column) for column in zip(*(x[2:] for x in same)))
+        each = ", ".join(f"{x[2]:.2f}" for x in same)
+        lines.append(f"| {what} | {asked} | {seen:.2f} | {each} | {''.join(map('{:.0%}'.format, needed))} |")
     return "\n".join(lines)
 
 
-def targets(rates: dict[str, dict[str, float]]) -> list[tuple]:
+def targets(rates: Rates, growth: float) -> list[tuple]:
     """What is asked, how much, what was seen; for decoding faster than a peer also the share of the read bandwidth that
     the asked rate would take, with a step's bytes."""
 
@@ -125,9 +172,7 @@ def targets(rates: dict[str, dict[str, float]]) -> list[tuple]:
         needed = asked * rates[b]["decode"] * rates[a]["decode_bytes_per_step"] / 1e9 / rates[a]["read_gb_s"]
         return what, f"{asked:g}", ratio(a, b), needed
 
-    own, long = "pagoda, the file's bits (Q4_1, head Q8_0)", "pagoda, 8,000 tokens of context"
-    tiny = "TinyLlama's shape, Q4_0"
-    extra_bytes = rates[long]["decode_bytes_per_step"] / rates[own]["decode_bytes_per_step"]
+    own, tiny = "pagoda, the file's bits (Q4_1, head Q8_0)", "TinyLlama's shape, Q4_0"
     return [
         faster("decode, 4-bit: the file's bits / llama.cpp Q4_0", 2, own, "llama.cpp Q4_0"),
         ("decode, 4-bit: the file's bits / llama.cpp on the same bits", "more", ratio(own, "llama.cpp Q4_1")),
@@ -138,11 +183,7 @@ def targets(rates: dict[str, dict[str, float]]) -> list[tuple]:
         ("prefill, best / transformers bf16", "1.3", best("pagoda") / rates["transformers bf16"]["prefill"]),
         (f"TinyLlama's shape: decode / llama.cpp's, {tiny}", "1.0", ratio(f"pagoda, {tiny}", f"llama.cpp, {tiny}")),
         ("TinyLlama's shape: share of read bandwidth", "0.75", rates[f"pagoda, {tiny}"]["decode_share_of_bandwidth"]),
-        (
-            "8,000 against 512 tokens of context: time per token / bytes per token",
-            "at most 1",
-            ratio(own, long) / extra_bytes,
-        ),
+        ("8,000 against 512 tokens of context: time per token / bytes per token", "at most 1", growth),
         (
             "without kernels, bf16: prefill / transformers",
             "1.1",

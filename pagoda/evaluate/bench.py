@@ -59,24 +59,36 @@ def bench(
     budget = step_tokens(model.device, 2048)
     together = EngineOptions(max_num_seqs=batch, max_step_tokens=budget, prefix_caching=False)
     engine = Engine(model, options=together, kv_dtype=kv_dtype)
-    runs = []
-    for _ in range(repeats + 1):
+    engine.run([Request(p, greedy) for p in prompts], lambda *_: None)  # to warm up
+    memory = peak_memory(model.device)
+    runs, reads = [], []
+    for _ in range(repeats):
         engine.timing = Timing()
         engine.run([Request(p, greedy) for p in prompts], lambda *_: None)
         runs.append(engine.timing)
-    first = statistics.median(t.prefill_seconds for t in runs[1:])
-    decode = statistics.median(t.decode_tokens / t.decode_seconds for t in runs[1:])
+        reads.append(read_bandwidth(model.device))  # now: a virtual machine's may be another one in a second
     recordings = [d.recording for d in engine.runner.decoders.values() if isinstance(d.recording, Recording)]
     step = recordings[-1].seconds() if recordings and recordings[-1].complete else {}
-    read, gemm = read_bandwidth(model.device), gemm_rate(product_type(model), model.device)
+    gemm = gemm_rate(product_type(model), model.device)
     moved = decode_bytes(model, kv_dtype, prompt_tokens + new_tokens // 2, batch)
     flops = model.flops_per_token(prompt_tokens)
     # The head runs for each prompt's last token alone.
     flops -= 2 * config.n_embd * config.vocab_size * (1 - 1 / prompt_tokens)
+    first = statistics.median(t.prefill_seconds for t in runs)
     prefill = batch * prompt_tokens / first
-    seen = prefill, decode, first, peak_memory(model.device), moved
-    shares = read / 1e9, moved * decode / batch / read, gemm / 1e9, flops * prefill / gemm
-    return Speed(*seen, *shares, {name: seconds * 1000 for name, seconds in step.items()})
+    rates = [t.decode_tokens / t.decode_seconds for t in runs]
+    return Speed(
+        prefill_tok_s=prefill,
+        decode_tok_s=statistics.median(rates),
+        first_token_s=first,
+        peak_memory_gib=memory,
+        decode_bytes_per_step=moved,
+        read_gb_s=statistics.median(reads) / 1e9,
+        decode_share_of_bandwidth=statistics.median(moved * r / batch / read for r, read in zip(rates, reads)),
+        gemm_gflop_s=gemm / 1e9,
+        prefill_share_of_gemm=flops * prefill / gemm,
+        decode_step_ms={name: seconds * 1000 for name, seconds in step.items()},
+    )
 
 
 def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) -> int:
