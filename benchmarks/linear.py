@@ -3,10 +3,10 @@ And the products of a training step, forward, back to the input and to the weigh
 
 usage: python benchmarks/linear.py [--size 4096] [--copies 8]
 
-So many matrices of size x size are multiplied in turns, that their weights come from memory; medians, bf16 activations.
-GB/s are the weights' bytes over the time. What bounds few rows is the rate of 512 rows or a sum's reading of as many
-bytes, measured with each format: the last share is of the lower one. Training's are multiplied by turns, on warm
-caches: the best of nine.
+So many matrices of size x size are multiplied in turns, that their weights come from memory; bf16 activations. GB/s are
+the weights' bytes over the time. What bounds few rows is the rate of 512 rows or a sum's reading of as many bytes: the
+last share is of the lower one. All numbers of rows and the sum take turns, nine times: shares are the medians of the
+turns'. Training's are multiplied by turns, on warm caches: the best of nine.
 """
 
 import argparse
@@ -36,17 +36,13 @@ def main() -> None:
     for format in ("int8", "int4", "nf4", "bf16"):
         arena = Arena()  # as a loaded model's
         weights = [pack(torch.randn(args.size, args.size), format)._apply(arena) for _ in range(args.copies)]
-        rates, bytes_per_second = {}, {}
+        inputs = {n: torch.randn(n, args.size).bfloat16() for n in ROWS}
+        turns = [turn(weights, inputs) for _ in range(10)][1:]
+        cells = []
         for n in ROWS:
-            seconds = measure(weights, torch.randn(n, args.size).bfloat16(), 3 if n == 512 else 9)
-            rates[n] = 2 * n * args.size**2 / seconds / 1e9
-            bytes_per_second[n] = weights[0].nbytes / seconds / 1e9
-        read = read_bandwidth(torch.device("cpu")) / 1e9
-        bounds = {n: min(rates[512], rates[n] * read / bytes_per_second[n]) for n in ROWS}
-        cells = (
-            f"{rates[n]:.0f} ({rates[n] / rates[512]:.0%}, {bytes_per_second[n]:.0f} GB/s, {rates[n] / bounds[n]:.0%})"
-            for n in ROWS
-        )
+            rate, share, gb_s, of_bound = (statistics.median(column) for column in zip(*(t[n] for t in turns)))
+            cells.append(f"{rate:.0f} ({share:.0%}, {gb_s:.0f} GB/s, {of_bound:.0%})")
+        read = statistics.median(t[0] for t in turns)
         print(f"| {format}, a sum reads {read:.0f} GB/s | " + " | ".join(cells) + " |", flush=True)
     print("\n| products of training, GFLOP/s | pagoda | PyTorch | ratio |\n|---|---|---|---|")
     for name, shapes in LAYERS.items():
@@ -78,15 +74,23 @@ def once(product: Callable, a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(weights: list, x: torch.Tensor, times: int) -> float:
-    """Seconds of one product."""
-    took = []
-    for _ in range(times + 1):
+def turn(weights: list, inputs: dict[int, torch.Tensor]) -> dict:
+    """For each number of rows GFLOP/s, the share of 512 rows' rate, GB/s of weights and the share of what bounds it;
+    at 0 what a sum reads, in GB/s."""
+    seconds = {}
+    for n, x in inputs.items():
         start = time.perf_counter()
         for w in weights:
             linear(x, w)
-        took.append((time.perf_counter() - start) / len(weights))
-    return statistics.median(took[1:])
+        seconds[n] = (time.perf_counter() - start) / len(weights)
+    read = read_bandwidth(torch.device("cpu"), times=3) / 1e9
+    found = {0: read}
+    operations, size = 2 * weights[0].shape[0] * weights[0].shape[1], weights[0].nbytes
+    for n, took in seconds.items():
+        share = n / took / (512 / seconds[512])
+        gb_s = size / took / 1e9
+        found[n] = operations * n / took / 1e9, share, gb_s, max(share, gb_s / read)
+    return found
 
 
 if __name__ == "__main__":

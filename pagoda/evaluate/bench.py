@@ -104,13 +104,13 @@ def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) ->
     return read
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a sum over 256 MB (on a GPU 1 GB) reads, which lie as weights do: the best of ten."""
+def read_bandwidth(device: torch.device, times: int = 10) -> float:
+    """Bytes per second that a sum over 256 MB (on a GPU 1 GB) reads, which lie as weights do: the best of `times`."""
     x = torch.empty(2**26 if device.type == "cpu" else 2**28, device=device)
     if device.type == "cpu":
         use_huge_pages(x.data_ptr(), x.nbytes)
     x.fill_(1)
-    return x.numel() * 4 / best_time(lambda: x.sum(), 10)
+    return x.numel() * 4 / best_time(lambda: x.sum(), times)
 
 
 def product_type(model: GPT) -> torch.dtype:

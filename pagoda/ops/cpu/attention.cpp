@@ -369,26 +369,30 @@ template <class T> void decode_queries(const Problem& p, const Sequence& s, bool
     }
 }
 
-// The results of several chunks or spans become one, for the rows of a key head; `to` may be the first of them.
+// The results of several chunks or spans become one, for the rows of a key head; `to` may be the first of them. A block's
+// maximums stand in the even lanes of its tail, and so do its sums one further on: all rows of it at once.
 void decode_merge(const std::vector<const float*>& parts, int64_t rows, int64_t padded, float* to) {
-  const int64_t n = parts.size(), n_padded = (n + W - 1) / W * W;
+  const int64_t n = parts.size();
   static thread_local std::vector<float> factors;
-  factors.resize(n_padded);
+  factors.resize(n * W);
   for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS) {
-    const int64_t R = std::min<int64_t>(DECODE_ROWS, rows - r0), block = r0 * (padded + 2);
-    for (int64_t r = 0; r < R; r++) {
-      const int64_t value = block + r * padded, tail = block + R * padded + 2 * r;
-      float largest = -INF, sum = 0;
-      for (int64_t i = 0; i < n; i++) factors[i] = parts[i][tail], largest = std::max(largest, factors[i]);
-      for (int64_t i = 0; i < n_padded; i += W) store(&factors[i], shrink(load(&factors[i]), set1(largest)));
-      for (int64_t i = 0; i < n; i++) sum += factors[i] * parts[i][tail + 1];
-      for (int64_t d = 0; d < padded; d += W) {
-        vf total = zero();
-        for (int64_t i = 0; i < n; i++) total = fma(set1(factors[i]), load(parts[i] + value + d), total);
-        store(to + value + d, total);
-      }
-      to[tail] = largest, to[tail + 1] = sum;
+    const int64_t R = std::min<int64_t>(DECODE_ROWS, rows - r0), block = r0 * (padded + 2), tail = block + R * padded;
+    vf largest = set1(-INF), sum = zero();
+    for (int64_t i = 0; i < n; i++) largest = max(load(parts[i] + tail), largest);
+    for (int64_t i = 0; i < n; i++) {
+      const vf factor = shrink(load(parts[i] + tail), largest);
+      store(&factors[i * W], factor);
+      sum = fma(factor, load(parts[i] + tail + 1), sum);
     }
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t d = block + r * padded; d < block + (r + 1) * padded; d += W) {
+        vf total = zero();
+        for (int64_t i = 0; i < n; i++) total = fma(set1(factors[i * W + 2 * r]), load(parts[i] + d), total);
+        store(to + d, total);
+      }
+    float largests[W], sums[W];
+    store(largests, largest), store(sums, sum);
+    for (int64_t r = 0; r < R; r++) to[tail + 2 * r] = largests[2 * r], to[tail + 2 * r + 1] = sums[2 * r];
   }
 }
 
@@ -410,8 +414,11 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
   struct Item { int64_t span, chunk; };
   const bool pairs = in_pairs<T>(products) && p.head_size % (2 * W) == 0;
   const int64_t heads = p.n_kv_head, padded = p.padded();
-  std::vector<Span> spans;
-  std::vector<Item> items;
+  static thread_local std::vector<Span> own_spans;
+  static thread_local std::vector<Item> own_items;
+  auto &spans = own_spans;  // threads share this one's
+  auto &items = own_items;
+  spans.clear(), items.clear();
   std::vector<int64_t> firsts;  // each sequence's first span, and behind the last the number of spans
   int64_t size = 0, longest = 0, most = 0;  // results of a span
   for (int64_t index : sequences) {
@@ -431,7 +438,7 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
   const int64_t n_sequences = firsts.size();
   firsts.push_back(spans.size());
   static thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < size) memory.resize(size);
+  if (int64_t(memory.size()) < size + 2 * W) memory.resize(size + 2 * W);  // merging reads past the last result
   float* scratch = memory.data();
   for (int64_t i = 0; i < n_sequences; i++)
     decode_queries<T>(p, Sequence(p, sequences[i]), pairs, scratch + spans[firsts[i]].q);
@@ -445,7 +452,7 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
 
   parallel_for(items.size() * heads, longest >= 48 ? 1 : 8, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> own;  // of a span that is all this thread's: its results stay in the cache
-    own.resize(most);
+    own.resize(most + 2 * W);
     Chunk<T> chunks[2];
     const int64_t head_bytes = p.head_size * sizeof(T);
     const bool near = CHUNK * heads * head_bytes <= 24 << 10;
