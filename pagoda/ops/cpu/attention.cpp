@@ -285,9 +285,19 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
   const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, size = p.head_size;
   const int64_t n = chunk.n, skipped = chunk.skipped, whole = (skipped + n + W - 1) / W * W, *at = chunk.at;
   const bool plain = !p.softcap && !p.alibi && s.low(s.n_q - 1) <= start && s.high(0) >= start + whole;
-  static thread_local std::vector<float> memory;  // (heads, rows, CHUNK); scores come 4 at a time, the last may reach past
-  memory.resize((last - first) * rows * CHUNK + 3);
-  float* scores = memory.data();
+  // (heads, rows, CHUNK), behind them 3 that the last 4 scores may reach; scales of keys and of values (2, heads, CHUNK)
+  static thread_local std::vector<float> memory;
+  const int64_t heads = last - first;
+  memory.resize(heads * (rows + 2) * CHUNK + 3);
+  float *scores = memory.data(), *k_scales = scores + heads * rows * CHUNK + 3, *v_scales = k_scales + heads * CHUNK;
+  if (p.k_scale) {
+    std::fill(k_scales, v_scales + heads * CHUNK, 0.0f);
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t head = 0; head < heads; head++) {
+        const int64_t from = at[j] * p.n_kv_head + first + head, to = head * CHUNK + skipped + j;
+        k_scales[to] = p.k_scale[from], v_scales[to] = p.v_scale[from];
+      }
+  }
   Ahead<T> nothing;
   auto for_each_block = [&](auto f) {  // of rows, as many as the registers hold
     for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
@@ -298,19 +308,20 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
     const Block<const float> q{queries + (first * rows + r0) * padded, rows * padded, padded};
     const Block<float> x{scores + r0 * CHUNK + skipped, rows * CHUNK, CHUNK};
     if constexpr (std::is_same_v<T, bf16>)
-      if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of, first * size, last - first, size, n, q, x, ahead);
-    decode_scores<T, R>(chunk.keys.of, first * size, last - first, size, n, q, x, ahead);
+      if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of, first * size, heads, size, n, q, x, ahead);
+    decode_scores<T, R>(chunk.keys.of, first * size, heads, size, n, q, x, ahead);
   });
   for (int64_t head = first; head < last; head++) {
     for_each_block([&](auto R, int64_t r0, Ahead<T>& ahead) {
       float* x = scores + ((head - first) * rows + r0) * CHUNK;
       float* result = results + (head * rows + r0) * (padded + 2);
       float* tail = result + R * padded;
-      auto multiply = [&](const float* scale, int64_t from, int64_t to) {  // by the scales of the keys or values
-        for (int r = 0; scale && r < R; r++)
-          for (int64_t j = from; j < to; j++) x[r * CHUNK + skipped + j] *= scale[at[j] * p.n_kv_head + head];
+      auto multiply = [&](const float* scales) {  // of the keys or values
+        for (int r = 0; p.k_scale && r < R; r++)
+          for (int64_t j = 0; j < whole; j += W)
+            store(x + r * CHUNK + j, mul(load(x + r * CHUNK + j), load(scales + (head - first) * CHUNK + j)));
       };
-      multiply(p.k_scale, 0, n);
+      multiply(k_scales);
       vf total[R];
       if (plain) {
         find_largest<R>(x, n, p.scale, tail);
@@ -323,7 +334,7 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
           tail[2 * r] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
           tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
         }
-        multiply(p.v_scale, 0, n);
+        multiply(v_scales);
         for (int r = 0; pairs && r < R; r++)
           for (int64_t j = 0; j < whole; j += W) store((bf16*)(x + r * CHUNK) + j, load(x + r * CHUNK + j));
       }
@@ -336,9 +347,8 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
           const vf a = exp(sub(mul(load(row + j), set1(p.scale)), largest));
           total[r] = add(total[r], a);
           if (pairs) store((bf16*)row + j, a);
-          else store(row + j, a);
+          else store(row + j, p.v_scale ? mul(a, load(v_scales + (head - first) * CHUNK + j)) : a);
         }
-        multiply(p.v_scale, j, j + W);
       };
       decode_values(size, [&](auto P, int64_t d, int64_t length) INLINE_LAMBDA {
         const int64_t offset = head * size + d;
