@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from pagoda.evaluate.bench import read_bandwidth
+from pagoda.evaluate.bench import memory_to_read, read_bandwidth
 from pagoda.ops.formats import Arena, pack
 from pagoda.ops.linear import linear, multiplies, multiply
 
@@ -33,11 +33,12 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=8)
     args = parser.parse_args()
     print("| format | " + " | ".join(f"{n} rows" for n in ROWS) + " |\n|" + "---|" * (len(ROWS) + 1))
+    much = memory_to_read(torch.device("cpu"))
     for format in ("int8", "int4", "nf4", "bf16"):
         arena = Arena()  # as a loaded model's
         weights = [pack(torch.randn(args.size, args.size), format)._apply(arena) for _ in range(args.copies)]
         inputs = {n: torch.randn(n, args.size).bfloat16() for n in ROWS}
-        turns = [turn(weights, inputs) for _ in range(10)][1:]
+        turns = [turn(weights, inputs, much) for _ in range(10)][1:]
         cells = []
         for n in ROWS:
             rate, share, gb_s, of_bound = (statistics.median(column) for column in zip(*(t[n] for t in turns)))
@@ -74,7 +75,7 @@ def once(product: Callable, a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def turn(weights: list, inputs: dict[int, torch.Tensor]) -> dict:
+def turn(weights: list, inputs: dict[int, torch.Tensor], much: torch.Tensor) -> dict:
     """For each number of rows GFLOP/s, the share of 512 rows' rate, GB/s of weights and the share of what bounds it;
     at 0 what a sum reads, in GB/s."""
     seconds = {}
@@ -83,7 +84,7 @@ def turn(weights: list, inputs: dict[int, torch.Tensor]) -> dict:
         for w in weights:
             linear(x, w)
         seconds[n] = (time.perf_counter() - start) / len(weights)
-    read = read_bandwidth(torch.device("cpu"), times=3) / 1e9
+    read = read_bandwidth(much, times=3) / 1e9
     found = {0: read}
     operations, size = 2 * weights[0].shape[0] * weights[0].shape[1], weights[0].nbytes
     for n, took in seconds.items():

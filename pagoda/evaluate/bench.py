@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pagoda.common import PagodaError, use_huge_pages
 from pagoda.engine.engine import Engine, Timing, step_tokens
@@ -60,13 +61,13 @@ def bench(
     together = EngineOptions(max_num_seqs=batch, max_step_tokens=budget, prefix_caching=False)
     engine = Engine(model, options=together, kv_dtype=kv_dtype)
     engine.run([Request(p, greedy) for p in prompts], lambda *_: None)  # to warm up
-    memory = peak_memory(model.device)
+    memory, much = peak_memory(model.device), memory_to_read(model.device)
     runs, reads = [], []
     for _ in range(repeats):
         engine.timing = Timing()
         engine.run([Request(p, greedy) for p in prompts], lambda *_: None)
         runs.append(engine.timing)
-        reads.append(read_bandwidth(model.device))  # now: a virtual machine's may be another one in a second
+        reads.append(read_bandwidth(much))  # now: a virtual machine's may be another one in a second
     recordings = [d.recording for d in engine.runner.decoders.values() if isinstance(d.recording, Recording)]
     step = recordings[-1].seconds() if recordings and recordings[-1].complete else {}
     gemm = gemm_rate(product_type(model), model.device)
@@ -104,13 +105,17 @@ def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) ->
     return read
 
 
-def read_bandwidth(device: torch.device, times: int = 10) -> float:
-    """Bytes per second that a sum over 256 MB (on a GPU 1 GB) reads, which lie as weights do: the best of `times`."""
+def memory_to_read(device: torch.device) -> Tensor:
+    """256 MB, on a GPU 1 GB, which lie as weights do."""
     x = torch.empty(2**26 if device.type == "cpu" else 2**28, device=device)
     if device.type == "cpu":
         use_huge_pages(x.data_ptr(), x.nbytes)
-    x.fill_(1)
-    return x.numel() * 4 / best_time(lambda: x.sum(), times)
+    return x.fill_(1)
+
+
+def read_bandwidth(x: Tensor, times: int = 10) -> float:
+    """Bytes per second that a sum over x reads: the best of `times`."""
+    return x.nbytes / best_time(lambda: x.sum(), times)
 
 
 def product_type(model: GPT) -> torch.dtype:

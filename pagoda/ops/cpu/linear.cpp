@@ -272,18 +272,22 @@ struct Evenly {
 enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
 // dot (N) += the products of one block of a part of a tile with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
-// k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits.
-template <int BITS, int R, int N = R> INLINE void dot_block(const uint8_t* q, const int32_t* quads, vi* dot) {
+// k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits. With each line that
+// is read one `later` is asked for.
+template <int BITS, int R, int N = R>
+INLINE void dot_block(const uint8_t* q, const int32_t* quads, vi* dot, const uint8_t* later = nullptr) {
   if (BITS == 8) {
     UNROLL for (int j = 0; j < 8; j++) {
       vi v = signed_operand(load_bits(q + 64 * j));
       UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
+      if (later) __builtin_prefetch(later + 64 * j);
     }
   } else {
     UNROLL for (int j = 0; j < 4; j++) {
       vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
       UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
       UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
+      if (later) __builtin_prefetch(later + 64 * j);
     }
   }
 }
@@ -302,13 +306,13 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, bool from_me
     UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
     int64_t left = w.group;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
-      if (from_memory && part == 0) prefetch(q + AHEAD, 64 * BITS);
+      const uint8_t* later = from_memory && part == 0 ? q + AHEAD : q;
       auto multiply = [&](auto first, auto count) INLINE_LAMBDA {
         constexpr int F = first, C = count;
         const int64_t at = b * R + F;
         vi dot[C];
         UNROLL for (int r = 0; r < C; r++) dot[r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
-        dot_block<BITS, R, C>(q, x.quads + b * 8 * R + F, dot);
+        dot_block<BITS, R, C>(q, x.quads + b * 8 * R + F, dot, F == 0 ? later : nullptr);
         if (SCALES == PER_ROW) {
           UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(from_int(dot[r]), set1(x.scales[at + r]), acc[F + r]);
           return;
