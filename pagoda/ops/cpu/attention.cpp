@@ -339,8 +339,9 @@ void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, in
           for (int64_t j = 0; j < whole; j += W) store((bf16*)(x + r * CHUNK) + j, load(x + r * CHUNK + j));
       }
       bool fresh;
-      auto weigh_some = [&](int64_t j) INLINE_LAMBDA {  // by the steps of `score` and `weigh`, W weights of each row: all at once
-        if (j % W || !fresh) return;                    // would be a time in which nothing is read
+      // By the steps of `score` and `weigh`, W weights of each row: all at once would be a time in which nothing is read.
+      auto weigh_some = [&](int64_t j) INLINE_LAMBDA {
+        if (j % W || !fresh) return;
         for (int r = 0; r < R; r++) {
           float* row = x + r * CHUNK;
           const vf largest = set1(tail[2 * r] == -INF ? 0 : tail[2 * r]);
