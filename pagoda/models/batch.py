@@ -139,7 +139,7 @@ class Cache:
             raise PagodaError(
                 f"no memory for a key/value cache of {size / 2**30:.1f} GiB: ask for a shorter context"
             ) from e
-        self.in_huge_pages = device.type != "cpu"
+        self.in_huge_pages = device.type != "cpu"  # a GPU's driver has large pages of its own
         free = self.memory
 
         def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
