@@ -306,13 +306,17 @@ void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, bool from_me
     UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
     int64_t left = w.group;
     for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
-      const uint8_t* later = from_memory && part == 0 ? q + AHEAD : q;
+      const bool ask = from_memory && part == 0;
+      if (SCALES != PER_ROW && R <= 8 && ask) {  // of more rows a load more costs more than it saves
+        __builtin_prefetch(scale + AHEAD / (4 * BITS));
+        if (SCALES == WITH_MINIMUM) __builtin_prefetch(minimum + AHEAD / (4 * BITS));
+      }
       auto multiply = [&](auto first, auto count) INLINE_LAMBDA {
         constexpr int F = first, C = count;
         const int64_t at = b * R + F;
         vi dot[C];
         UNROLL for (int r = 0; r < C; r++) dot[r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
-        dot_block<BITS, R, C>(q, x.quads + b * 8 * R + F, dot, F == 0 ? later : nullptr);
+        dot_block<BITS, R, C>(q, x.quads + b * 8 * R + F, dot, F == 0 && ask ? q + AHEAD : nullptr);
         if (SCALES == PER_ROW) {
           UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(from_int(dot[r]), set1(x.scales[at + r]), acc[F + r]);
           return;
