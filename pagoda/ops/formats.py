@@ -15,6 +15,9 @@ format in plain PyTorch; the CPU kernels (`ops/cpu/linear.cpp`) read the same te
 Layout. 16 rows make a tile; inside it k runs slowest, then the 16 rows, then the few elements of k that share a 32-bit
 word. So a vector of 16 lanes holds the same k of 16 rows, and one form serves one row of activations and thousands.
 Rows are padded to a multiple of 16 and k to the format's unit; padding is cut off or multiplied by zeros.
+
+`bf16` takes 12 bits where the kernels pack it (`ops/cpu/pack_bf16.cpp`), bit for bit what it was: a tile's 16 most
+frequent exponents in a table, 4 bits to say which, and the few others (one in 10,000 of a trained matrix) in a list.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pagoda.common import PagodaError, use_huge_pages
+from pagoda.ops import cpu
 
 TILE = 16  # rows of a tile
 BLOCK = 32  # elements of k whose integer products are summed before they are scaled
@@ -34,6 +38,8 @@ FORMATS = ("float32", "bf16", "int8", "int4", "nf4", "q4_0", "q4_1", "q8_0")
 GGUF_BLOCK = {"q4_0": 18, "q4_1": 20, "q8_0": 34}  # bytes of a block of 32 weights
 
 _KIND = {"float32": 0, "bf16": 1, "nf4": 2, "int4": 3, "q4_0": 3, "q4_1": 3, "int8": 4, "q8_0": 4}  # as in linear.cpp
+_SHORT = 5  # bf16 in 12 bits
+_TENSORS = ("quants", "scales", "minimums", "codes", "absmax", "mean", "escapes", "starts")  # in the kernels' order
 _UNIT = {"float32": 1, "bf16": 2, "nf4": 64}  # what k is padded to, BLOCK for the others
 
 # The quantiles of a normal distribution that NF4 stands for (QLoRA, appendix E).
@@ -56,7 +62,9 @@ class PackedWeight(nn.Module):
     """A matrix (n_out, n_in) in one of FORMATS. Its tensors are buffers, so it moves, saves and loads like any module.
 
     quants, and where the format has them scales and minimums, start with the tile. nf4 has three tensors more: `codes`
-    (256,), `absmax` (one per 256 block scales) and `mean` (1,); scale = codes[scales] * absmax + mean.
+    (256,), `absmax` (one per 256 block scales) and `mean` (1,); scale = codes[scales] * absmax + mean. bf16 in 12 bits
+    has the exponents of each tile as scales, and lists those that are not among them: `escapes`, a tile's from
+    `starts`[tile] on, as (k // 2 * 32 + row of the tile * 2 + k % 2) << 8 | exponent, and -1 behind the last.
 
     group_size: elements of a row that share a scale, 0 for the whole row.
     dtype: what `embedding` returns, the dtype of the matrix that was packed; `.to(dtype)` changes it and nothing else.
@@ -73,7 +81,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.format, self.shape, self.group_size, self.dtype = format, torch.Size(shape), group_size, dtype
         self.exact = self.invariant = False
-        for name in ("quants", "scales", "minimums", "codes", "absmax", "mean"):
+        for name in _TENSORS:
             self.register_buffer(name, tensors.get(name))
 
     @property
@@ -99,7 +107,7 @@ class PackedWeight(nn.Module):
     def chunks(self):
         """Pairs of a slice of rows and their values, float32 (at most 1,024 rows, n_in)."""
         n_out = self.shape[0]
-        for tile in range(0, len(self.quants), CHUNK):
+        for tile in range(0, -(-n_out // TILE), CHUNK):
             rows = slice(tile * TILE, min(n_out, (tile + CHUNK) * TILE))
             yield rows, self._tiles(slice(tile, tile + CHUNK)).flatten(0, 1)[: rows.stop - rows.start]
 
@@ -113,6 +121,8 @@ class PackedWeight(nn.Module):
 
     def _tiles(self, index) -> Tensor:
         """Tiles by a slice or a tensor of numbers: (n, 16, n_in) float32."""
+        if self.format == "bf16" and self.scales is not None:
+            return self._short_tiles(index)
         quants = self.quants[index]
         if self.format == "nf4":
             quants = torch.stack([quants & 15, quants >> 4], -1).flatten(-2)
@@ -137,6 +147,26 @@ class PackedWeight(nn.Module):
         unit = _UNIT.get(self.format, BLOCK)
         return per_group.repeat_interleave(self.group_size, -1)[..., : -(-self.shape[1] // unit) * unit]
 
+    def _short_tiles(self, index) -> Tensor:
+        """Tiles of bf16 in 12 bits: (n, 16, n_in) float32."""
+        tiles = torch.arange(len(self.scales), device=self.device)[index]
+        codes, *rest = (self.quants[tiles // 2, :, tiles % 2].view(torch.int16).int() & 0xFFFF).unbind(2)
+        exponents, pairs = self.scales[index].int(), []
+        for i in range(4):
+            code, low = codes >> 4 * i & 15, rest[i // 2] >> i % 2 * 8
+            exponent = exponents.gather(1, code.flatten(1).long()).view(code.shape)
+            pairs.append((low & 0x80) << 8 | exponent << 7 | low & 0x7F)
+        bits = torch.stack(pairs, 2).flatten(1)  # (n, k / 2 * 16 * 2)
+        first, last = self.starts[tiles].long(), self.starts[tiles + 1].long()
+        owner = torch.arange(len(tiles), device=self.device).repeat_interleave(last - first)
+        before = (last - first).cumsum(0) - (last - first)
+        escapes = self.escapes[torch.arange(len(owner), device=self.device) + (first - before)[owner]]
+        owner, escapes = owner[escapes >= 0], escapes[escapes >= 0]
+        place = escapes.long() >> 8
+        bits[owner, place] = bits[owner, place] & 0x807F | (escapes & 255) << 7
+        values = bits.to(torch.int16).view(torch.bfloat16).view(len(tiles), 4 * codes.shape[1], TILE, 2)
+        return values.float().transpose(1, 2).flatten(2)[..., : self.shape[1]]
+
     def _block_scales(self, index) -> Tensor:
         """nf4's second quantization undone: (n, blocks, 16)."""
         codes = self.scales[index]
@@ -149,12 +179,13 @@ class PackedWeight(nn.Module):
         """(address, n_out, n_in). The address is of what the kernels read, struct Weight of linear.cpp, and 0 where the
         tensors are not on the CPU. Made anew after the tensors have moved."""
         if self._view is None:
-            tensors = [self.quants, self.scales, self.minimums, self.codes, self.absmax, self.mean]
+            tensors = list(self._buffers.values())
             pointers = [0 if t is None else t.data_ptr() for t in tensors]
             zero_point = 8 if _KIND[self.format] == 3 and self.minimums is None else 0
             fine = self.format in GGUF_BLOCK
             options = self.exact, self.invariant, fine, self.group_size // BLOCK, zero_point
-            words = [_KIND[self.format], *self.shape, *options, *pointers]
+            short = self.format == "bf16" and self.scales is not None
+            words = [_SHORT if short else _KIND[self.format], *self.shape, *options, *pointers]
             self._words = torch.tensor(words, dtype=torch.int64)
             readable = all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors)
             self._view = (self._words.data_ptr() if readable else 0, *self.shape)
@@ -166,9 +197,13 @@ class PackedWeight(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device), recurse)
 
-    def _load_from_state_dict(self, *args):
+    def _load_from_state_dict(self, state, prefix, *args):
         self._view = None
-        super()._load_from_state_dict(*args)
+        if self.format == "bf16" and prefix + "quants" in state:  # 12 bits or 16, and however many escapes
+            for name in _TENSORS:
+                t = state.get(prefix + name)
+                self._buffers[name] = None if t is None else torch.empty_like(t, device=self.device)
+        super()._load_from_state_dict(state, prefix, *args)
 
     def __getstate__(self):  # copies and pickles must not share the addresses, nor take an arena along
         buffers = {name: None if t is None else t.clone() for name, t in self._buffers.items()}
@@ -207,6 +242,10 @@ def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = Fa
     weight = weight.detach()
     if format == "nf4":
         return _pack_nf4(weight)
+    if format == "bf16" and cpu.kernels is not None and weight.is_cpu:
+        short = _pack_short(weight)
+        if short is not None:
+            return short
     group = {"int8": 0, "int4": group_size}.get(format, BLOCK)
     symmetric = symmetric if format == "int4" else format == "q4_0"
     parts = (_tiles(format, *_quantize(part, format, group, symmetric)) for part in weight.split(CHUNK * TILE))
@@ -336,6 +375,33 @@ def _tile_scales(scales: Tensor, format: str) -> Tensor:
     scales = nn.functional.pad(scales, (0, 0, 0, -len(scales) % TILE))
     stored = {"int8": torch.float32, "nf4": torch.uint8}.get(format, torch.float16)
     return scales.to(stored).view(-1, TILE, scales.shape[1]).transpose(1, 2).contiguous()
+
+
+def _pack_short(weight: Tensor) -> PackedWeight | None:
+    """bf16 in 12 bits; None where more than one exponent in 64 would be an escape, or rows are longer than places."""
+    n_out, n_in = weight.shape
+    n_tiles = -(-n_out // TILE)
+    exponents, counts = torch.empty(n_tiles, TILE, dtype=torch.uint8), torch.empty(n_tiles, dtype=torch.int32)
+
+    def parts():
+        for tile in range(0, n_tiles, CHUNK):
+            part = weight[tile * TILE : (tile + CHUNK) * TILE].to(torch.bfloat16)
+            part = part if part.stride(1) == 1 else part.contiguous()
+            yield slice(tile, tile + CHUNK), (part.data_ptr(), *part.shape, part.stride(0)), part
+
+    for tiles, matrix, _ in parts():
+        cpu.kernels.bf16_exponents(exponents[tiles].data_ptr(), counts[tiles].data_ptr(), *matrix)
+    if counts.sum() * 64 > weight.numel() or n_in >= 2**20:
+        return None
+    starts = nn.functional.pad((counts + 1).cumsum(0), (1, 0)).int()
+    quants = torch.zeros(-(-n_tiles // 2), -(-n_in // 8), 2, 3, TILE * 4, dtype=torch.uint8)
+    escapes = torch.empty(int(starts[-1]), dtype=torch.int32)
+    for tiles, matrix, _ in parts():
+        first = starts[tiles].data_ptr(), exponents[tiles].data_ptr()
+        cpu.kernels.bf16_lines(quants[tiles.start // 2 :].data_ptr(), escapes.data_ptr(), *first, *matrix)
+    return PackedWeight(
+        "bf16", weight.shape, BLOCK, weight.dtype, quants=quants, scales=exponents, escapes=escapes, starts=starts
+    )
 
 
 @cache

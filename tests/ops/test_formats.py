@@ -127,6 +127,37 @@ def test_nf4_bits_per_weight():
     assert pack(torch.randn(256, 2048), "nf4").nbytes * 8 / (256 * 2048) == pytest.approx(4.15, abs=0.02)
 
 
+def bf16_matrices():
+    """By name: what training leaves, what pruning leaves, rows that have died, and every kind of number there is."""
+    torch.manual_seed(0)
+    weight = torch.randn(200, 300).bfloat16()
+    pruned, dead, odd = weight.clone(), weight.clone(), weight.clone()
+    pruned[torch.rand_like(weight) < 0.5] = 0
+    dead[::16] *= 1e-20
+    odd[3, 5:9] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    odd[190:, 299] = torch.tensor([2.0**-130, -(2.0**-133), 3e38, 0, 1e-30, 1, 2, 3, 4, 5])  # two of them subnormal
+    small = {"small": weight[:5, :7], "one": weight[:1, :1]}
+    return {"trained": weight, "pruned": pruned, "dead": dead, "odd": odd, **small}
+
+
+@pytest.mark.parametrize("name", bf16_matrices())
+def test_bf16_in_12_bits_is_the_same_numbers(kernels, name):
+    weight = bf16_matrices()[name]
+    for part in (weight, weight.t(), weight[:, 1:], weight.float()):
+        packed = pack(part, "bf16")
+        assert packed.scales is not None
+        values = packed.dequantize(torch.bfloat16)
+        assert torch.equal(values.view(torch.int16), part.bfloat16().contiguous().view(torch.int16))
+
+
+def test_bf16_takes_12_bits_where_the_exponents_are_few(kernels):
+    bits = lambda weight: 8 * pack(weight, "bf16").nbytes / weight.numel()  # noqa: E731
+    assert bits(torch.randn(512, 1024) * 0.02) < 12.1
+    scattered = torch.randn(512, 1024) * 2.0 ** torch.randint(-60, 60, (512, 1024))
+    assert bits(scattered) == 16
+    assert torch.equal(pack(scattered, "bf16").dequantize(), scattered.bfloat16().float())
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_and_dtypes(format):
     packed = pack(torch.randn(37, 100), format)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from pagoda.ops import cpu
+from pagoda.ops import cpu, formats
 from pagoda.ops import linear as linear_module
 from pagoda.ops.formats import FORMATS, GGUF_BLOCK, pack, pack_integers
 from pagoda.ops.linear import embedding, linear, linear_many, multiplies, multiply
@@ -69,6 +69,21 @@ def test_integer_product_is_that_of_the_rounded_activations(kernels, format, sha
         # What is left of a fine block may stand so near a half that it rounds the other way: here for two of a row.
         step = 2 * float(x.abs().max() / 127 / 250 * packed.dequantize().abs().max()) if fine else 1e-30
         assert_product(linear(x, packed), rounded(x, fine), packed, steps=steps, slack=step)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("shape", [(37, 100), (5, 7), (200, 330), (16, 64)])
+def test_bf16_in_12_bits_gives_the_bits_of_bf16(kernels, monkeypatch, shape, exact, two_threads):
+    weight = torch.randn(shape)
+    weight[torch.rand(shape) < 0.003] *= 2.0**-40  # exponents that are not in the table
+    short = pack(weight, "bf16")
+    monkeypatch.setattr(formats, "_pack_short", lambda weight: None)
+    plain = pack(weight, "bf16")
+    short.exact = plain.exact = exact
+    assert (short.scales is None, plain.scales is None) == (False, True)
+    for rows in (1, 2, 5, 12, 13, 16, 17, 24, 37, 70):
+        x = torch.randn(rows, shape[1])
+        assert torch.equal(linear(x, short), linear(x, plain))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -18,6 +18,10 @@ struct Span {
 };
 std::vector<Span> share_of_weights(const std::vector<ptr>& weights, int64_t me, int64_t threads);  // what a thread reads
 
+// pack_bf16.cpp. w (n_out, n_in) bf16, the rows apart by stride.
+void bf16_exponents(ptr exponents, ptr counts, ptr w, int64_t n_out, int64_t n_in, int64_t stride);
+void bf16_lines(ptr lines, ptr escapes, ptr starts, ptr exponents, ptr w, int64_t n_out, int64_t n_in, int64_t stride);
+
 // norm.cpp
 void add(ptr out, ptr x, ptr delta, int64_t n, int64_t dtype);
 void rms_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, int64_t rows, int64_t n, int64_t x_stride,
@@ -78,6 +82,8 @@ void sample(ptr tokens, ptr scores, ptr options, int64_t rows, int64_t n, int64_
   X(embedding) \
   X(rows) \
   X(dequantize) \
+  X(bf16_exponents) \
+  X(bf16_lines) \
   X(add) \
   X(rms_norm) \
   X(layer_norm) \

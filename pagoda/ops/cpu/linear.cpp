@@ -24,12 +24,12 @@
 
 #include "amx.h"
 #include "kernels.h"
-#include "linear_simd.h"
+#include "linear_views.h"
 #include "parallel.h"
 
 namespace {
 
-enum Kind : int64_t { FLOAT32, BF16_PAIRS, NF4, BITS4, BITS8 };
+enum Kind : int64_t { FLOAT32, BF16_PAIRS, NF4, BITS4, BITS8, BF16_SHORT };
 
 // A packed weight. PackedWeight.kernel_view of formats.py writes it as a tensor of 64-bit words: keep the two in step.
 struct Weight {
@@ -41,11 +41,14 @@ struct Weight {
   int64_t group;        // BITS4, BITS8: blocks of 32 k that share a scale, 0: one float32 scale per row
   int64_t zero_point;   // BITS4: the quant that means zero, 8 or 0
   const uint8_t* quants;
-  const void* scales;   // BITS4, BITS8: f16 (tiles, groups, 16), or float32 (tiles, 16) where group is 0; NF4: codes
+  const void* scales;   // BITS4, BITS8: f16 (tiles, groups, 16), or float32 (tiles, 16) where group is 0; NF4: codes;
+                        // BF16_SHORT: exponents, bytes (tiles, 16)
   const f16* minimums;  // BITS4: f16 (tiles, groups, 16) or null
   const float* codes;   // NF4: the 256 values of the codes,
   const float* absmax;  //      a factor for every 256 of them,
   const float* mean;    //      and what is added
+  const uint32_t* escapes;  // BF16_SHORT: see linear_views.h,
+  const int32_t* starts;    //      and where each tile's begin
 
   int64_t tiles() const { return (n_out + TILE - 1) / TILE; }
   int64_t units(int64_t k) const { return (n_in + k - 1) / k; }  // units of k elements in a padded row
@@ -372,99 +375,6 @@ IntegerTile integer_kernel(const Weight& w, int R) {
   return w.group ? bits8[R - 1] : bits8_row[R - 1];
 }
 
-// ---------------------------------------------------------------- float kernels
-// A view reads a tile: load(step, part, v) gives the vectors of the next COUNT elements of k; multiply adds the product of one
-// with an element of the activations, broadcast.
-
-struct Multiply {
-  static constexpr int BLOCK = 0, WIDE = WIDE_TILES, NARROW = 1;  // tiles beside each other: of several rows, of one
-  using E = float;  // an element of the activations, and what the kernel broadcasts
-  using X = float;
-  using V = vf;
-  static INLINE vf multiply(vf acc, vf w, const float* x) { return fma(w, set1(*x), acc); }
-};
-
-struct Float32View : Multiply {  // (K, 16) float32
-  static constexpr int COUNT = 1;
-  const float* p;
-  INLINE void load(int64_t step, int part, vf* v) const { v[0] = ::load(p + step * TILE + part * W); }
-};
-
-struct Bf16View : Multiply {  // (K / 2, 16, 2) bf16
-  static constexpr int COUNT = 2;
-  const uint8_t* p;
-  INLINE void load(int64_t step, int part, vf* v) const {
-    vi both = load_bits(p + (step * TILE + part * W) * 4);
-    v[0] = low_half(both), v[1] = high_half(both);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct MultiplyPairs {
-  static constexpr int BLOCK = 0, WIDE = WIDE_TILES, NARROW = 1;
-  using E = bf16;
-  using X = uint32_t;
-  using V = vi;
-  static INLINE vf multiply(vf acc, vi w, const uint32_t* x) { return dot_bf16(acc, w, set1_bits(*x)); }
-};
-
-#if !MATRIX_UNIT
-struct PairView : MultiplyPairs {  // the same bytes, multiplied pair by pair
-  static constexpr int COUNT = 1;
-  const uint8_t* p;
-  INLINE void load(int64_t step, int part, vi* v) const { v[0] = load_bits(p + (step * TILE + part * W) * 4); }
-};
-#endif
-#endif
-
-const float NF4_VALUES[16] = {  // Dettmers et al. 2023, "QLoRA", appendix E
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-
-struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowest; scales (K / 64, 16) float32
-  static constexpr int COUNT = 8, NARROW = 4 / PARTS;  // 4 sums in flight
-  const uint8_t* p;
-  const float* scales;
-  INLINE void load(int64_t step, int part, vf* v) const {
-    vi word = load_bits(p + (step * TILE + part * W) * 4);
-    vf s = ::load(scales + step / 8 * TILE + part * W);
-    v[0] = mul(lookup16(NF4_VALUES, word), s);
-    v[1] = mul(lookup16(NF4_VALUES, shift_right<4>(word)), s);
-    v[2] = mul(lookup16(NF4_VALUES, shift_right<8>(word)), s);
-    v[3] = mul(lookup16(NF4_VALUES, shift_right<12>(word)), s);
-    v[4] = mul(lookup16(NF4_VALUES, shift_right<16>(word)), s);
-    v[5] = mul(lookup16(NF4_VALUES, shift_right<20>(word)), s);
-    v[6] = mul(lookup16(NF4_VALUES, shift_right<24>(word)), s);
-    v[7] = mul(lookup16(NF4_VALUES, shift_right<28>(word)), s);
-  }
-};
-
-#if defined(__AVX512BF16__)
-struct Nf4PairView : MultiplyPairs {  // the same words as 4 pairs of unscaled bf16: a block's sum is scaled
-  static constexpr int COUNT = 4, BLOCK = 8, WIDE = 2, NARROW = 4;
-  const uint8_t* p;
-  const float* scales;
-  INLINE void load(int64_t step, int, vi* v) const {
-    const vi word = load_bits(p + step * TILE * 4);
-    v[0] = pair(word, shift_left<12>(word)), v[1] = pair(shift_right<8>(word), shift_left<4>(word));
-    v[2] = pair(shift_right<16>(word), shift_right<4>(word)), v[3] = pair(shift_right<24>(word), shift_right<12>(word));
-  }
-  // The values that the lowest 4 bits of every 16 name: those of `even` below, those of `odd` above.
-  static INLINE vi pair(vi even, vi odd) {
-    return _mm512_permutexvar_epi16(_mm512_mask_blend_epi16(0xaaaaaaaa, even, odd), load_bits(values.bits));
-  }
-  struct Values {
-    alignas(64) bf16 bits[32];  // NF4_VALUES twice: an index is 5 bits, of which the highest says nothing
-    Values() {
-      for (int i = 0; i < 32; i++) from_float(NF4_VALUES[i % 16], bits + i);
-    }
-  };
-  static const Values values;
-};
-const Nf4PairView::Values Nf4PairView::values;
-#endif
-
 // The block scales of an NF4 tile, (K / 64, 16): value of the code * factor of its 256 + mean, two roundings as in
 // bitsandbytes. Plain loads: where a CPU guards against "Downfall", a gather costs more than multiplying the block.
 void nf4_scales(const Weight& w, int64_t tile, float* scales) {
@@ -486,19 +396,50 @@ void nf4_scales(const Weight& w, int64_t tile, float* scales) {
   }
 }
 
+// A tile of BF16_SHORT; numbers: room for 16. Few bytes a tile, but somewhere else: no stream that the CPU sees by itself.
+const uint8_t* short_tile(const Weight& w, int64_t tile) {
+  __builtin_prefetch((const uint8_t*)w.scales + (tile + 12) * TILE), __builtin_prefetch(w.starts + tile + 24);
+  __builtin_prefetch(w.escapes + w.starts[tile] + 32);
+  return w.quants + (tile / 2 * 2 * w.units(8) + tile % 2) * 192;
+}
+
+ShortView short_view(const Weight& w, int64_t tile, float* numbers) {
+  for (int i = 0; i < TILE; i++) {
+    const uint32_t bits = uint32_t(((const uint8_t*)w.scales)[tile * TILE + i]) << 23;
+    memcpy(numbers + i, &bits, 4);
+  }
+  return {{}, short_tile(w, tile), w.escapes + w.starts[tile], numbers};
+}
+
+#if defined(__AVX512BF16__)
+ShortPairView short_pair_view(const Weight& w, int64_t tile, bf16* numbers, uint8_t* made) {
+  const vi exponents = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)w.scales + tile)));
+  store_bits(numbers, shift_left<7>(exponents));
+  return {{}, short_tile(w, tile), w.escapes + w.starts[tile], numbers, made};
+}
+#endif
+
 // sums (T, R, 16) of T tiles over `steps` loads; x (steps * COUNT, R). Of a view with a BLOCK so many steps have a scale.
 template <class View, int T, int R>
-void float_tiles(const View* views, int64_t steps, const typename View::X* x, Evenly ahead, float* sums) {
+void float_tiles(const View* from, int64_t steps, const typename View::X* x, Evenly ahead, float* sums) {
+  View views[T];
+  UNROLL for (int t = 0; t < T; t++) views[t] = from[t];
   vf acc[T * PARTS][R], scaled[View::BLOCK ? T : 1][R];
   for (auto& tile : acc)
     for (vf& a : tile) a = zero();
   for (auto& tile : scaled)
     for (vf& a : tile) a = zero();
-  const int64_t size = steps * TILE * 4;  // of a tile; behind its end come others that are read beside it, then its successor
+  constexpr int64_t STEP = View::LINES * View::BESIDE * 64;  // bytes
+  const int64_t size = steps * STEP;  // of a tile; behind its end come others that are read beside it, then its successor
   for (int64_t step = 0; step < steps; step++, x += View::COUNT * R) {
-    const int64_t at = step * TILE * 4 + AHEAD, next = at < size ? at : at + (T - 1) * size;
+    const int64_t at = step * STEP + AHEAD, next = at < size ? at : at + std::max(T / View::BESIDE - 1, 0) * size;
     typename View::V v[T * PARTS][View::COUNT];
-    auto read = [&](int t) INLINE_LAMBDA { views[t / PARTS].load(step, t % PARTS, v[t]); };
+    auto read = [&](int t) INLINE_LAMBDA {
+      View& view = views[t / PARTS];
+      if constexpr (R == 1 && View::LINES > 1) return view.load(step, t % PARTS, v[t], (const char*)view.p + next);
+      if (R == 1 && t % PARTS == 0) prefetch((const char*)view.p + next, View::LINES * 64);
+      view.load(step, t % PARTS, v[t]);
+    };
     auto multiply = [&](int t, int i, int r) INLINE_LAMBDA { acc[t][r] = View::multiply(acc[t][r], v[t][i], x + i * R + r); };
     if (R > 1) ahead.ask();
     // A row with all tiles, where the registers hold these: otherwise GCC keeps the rows in registers, and sums in memory.
@@ -509,7 +450,6 @@ void float_tiles(const View* views, int64_t steps, const typename View::X* x, Ev
           UNROLL for (int t = 0; t < T * PARTS; t++) multiply(t, i, r);
     } else {
       UNROLL for (int t = 0; t < T * PARTS; t++) {
-        if (R == 1 && t % PARTS == 0) prefetch((const char*)views[t / PARTS].p + next, 64);
         read(t);
         UNROLL for (int i = 0; i < View::COUNT; i++)
           UNROLL for (int r = 0; r < R; r++) multiply(t, i, r);
@@ -535,7 +475,7 @@ constexpr std::array<FloatTiles<View>, sizeof...(R)> float_kernels(std::integer_
 
 // ---------------------------------------------------------------- tiles as float32
 
-template <class View> void unpack(const View& view, int64_t n, float* panel) {
+template <class View> void unpack(View view, int64_t n, float* panel) {
   for (int64_t step = 0; step * View::COUNT < n; step++)
     for (int part = 0; part < PARTS; part++) {
       vf v[View::COUNT];
@@ -573,6 +513,7 @@ template <int BITS, int... I> void unpack_integers(const Weight& w, int64_t tile
 void unpack_tile(const Weight& w, int64_t tile, float* panel, float* scratch) {
   if (w.kind == FLOAT32) unpack(Float32View{{}, (const float*)w.quants + tile * w.n_in * TILE}, w.n_in, panel);
   else if (w.kind == BF16_PAIRS) unpack(Bf16View{{}, w.quants + tile * w.units(2) * TILE * 4}, w.n_in, panel);
+  else if (w.kind == BF16_SHORT) unpack(short_view(w, tile, scratch), w.n_in, panel);
   else if (w.kind == BITS4) unpack_integers<4>(w, tile, panel, std::make_integer_sequence<int, 8>());
   else if (w.kind == BITS8) unpack_integers<8>(w, tile, panel, std::make_integer_sequence<int, 4>());
   else {
@@ -594,13 +535,13 @@ enum Form { INT8_ROWS, FLOAT32_ROWS, PAIR_ROWS, INT8_LINES, BF16_LINES, N_FORMS 
 
 Form form_of(const Weight& w, int64_t rows) {
   const bool integers = w.kind == BITS4 || w.kind == BITS8;
-  if (w.exact) return FLOAT32_ROWS;
+  if (w.exact || w.kind == FLOAT32) return FLOAT32_ROWS;
 #if MATRIX_UNIT
   if (integers && rows >= 48) return INT8_LINES;  // so many that unpacking pays; for all weights alike, they share the rows
-  if (w.kind == BF16_PAIRS || (w.kind == NF4 && (rows > 1 || w.invariant))) return BF16_LINES;
+  if (!integers && (w.kind != NF4 || rows > 1 || w.invariant)) return BF16_LINES;
 #endif
 #if defined(__AVX512BF16__)
-  if (w.kind == BF16_PAIRS || w.kind == NF4) return PAIR_ROWS;
+  if (!integers) return PAIR_ROWS;
 #endif
   return integers ? INT8_ROWS : FLOAT32_ROWS;
 }
@@ -656,34 +597,52 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
   }
 }
 
+// What the groups of rows behind the first read where they are more than FEW_GROUPS: what the first has written down.
+constexpr int64_t FEW_GROUPS = 3;
+template <class View> const View& again(const View& view) { return view; }
+#if defined(__AVX512BF16__)
+inline PairView again(const ShortPairView& view) { return {{}, view.made}; }
+#endif
+
 // Multiplies T tiles at a time. make_view(tile, slot) gives the view of a tile; a chunk has a slot for each of its tiles.
 // Whether the views read the weight itself (from_memory) or what was made of it.
 template <class View, int T, class RowCounts, class F>
 void float_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
                  int64_t steps, bool from_memory, F make_view) {
   const int64_t row_words = task.row_length * sizeof(typename View::E) / sizeof(typename View::X);
+  using Again = std::decay_t<decltype(again(std::declval<const View&>()))>;
   using Few = std::make_integer_sequence<int, std::min<int>(RowCounts::size(), MAX_ROWS)>;
-  static constexpr auto wide = float_kernels<View, T>(Few()), narrow = float_kernels<View, 1>(RowCounts());
   alignas(64) float sums[std::max<int>(T * Few::size(), RowCounts::size()) * TILE];
   std::vector<View> views;
+  std::vector<Again> views_again;
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
   if (n_groups == 1 && from_memory) chunk = T;  // what is asked for comes just before it is read
   for (int64_t from = share.begin, to; from < share.end; from = to) {
     to = std::min(share.end, from + chunk);
-    const int64_t tile_bytes = steps * TILE * 4, asked = from_memory ? (std::min(share.end, to + chunk) - to) * tile_bytes : 0;
-    views.clear();
-    for (int64_t tile = from; tile < to; tile++) views.push_back(make_view(tile, tile - from));
-    for (int64_t g = 0; g < n_groups; g++) {
-      const int64_t row = task.rows.first(first_group + g);
+    const int64_t tile_bytes = steps * View::LINES * 64;
+    const int64_t asked = from_memory ? (std::min(share.end, to + chunk) - to) * tile_bytes : 0;
+    views.clear(), views_again.clear();
+    for (int64_t tile = from; tile < to; tile++) {
+      views.push_back(make_view(tile, tile - from));
+      if (n_groups > FEW_GROUPS) views_again.push_back(again(views.back()));
+    }
+    auto multiply_group = [&](int64_t g, const auto& views_of_group) {
+      using V = typename std::decay_t<decltype(views_of_group)>::value_type;
+      static constexpr auto wide = float_kernels<V, T>(Few()), narrow = float_kernels<V, 1>(RowCounts());
+      const int64_t row = task.rows.first(first_group + g), n_steps = steps * View::COUNT / V::COUNT;
       const int R = task.rows.count(first_group + g);
       for (int64_t tile = from; tile < to;) {
-        const int width = R <= MAX_ROWS && tile + T <= to ? T : 1;
+        const int width = R <= MAX_ROWS && tile + T <= to && tile % V::BESIDE == 0 ? T : 1;
         auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
         const Evenly ahead((const char*)views[0].p + (to - from) * tile_bytes, asked, g * (to - from) + tile - from,
-                           n_groups * (to - from), width, steps);
-        multiply(&views[tile - from], steps, x + row * row_words, ahead, sums);
+                           n_groups * (to - from), width, n_steps);
+        multiply(&views_of_group[tile - from], n_steps, x + row * row_words, ahead, sums);
         for (int t = 0; t < width; t++, tile++) write(p, task.rows, row, R, tile, sums + t * R * TILE);
       }
+    };
+    for (int64_t g = 0; g < n_groups; g++) {
+      if (g == 0 || views_again.empty()) multiply_group(g, views);
+      else multiply_group(g, views_again);
     }
   }
 }
@@ -695,12 +654,13 @@ float* room(std::vector<float>& memory, int64_t n) {
 }
 
 #if MATRIX_UNIT
-// BF16_PAIRS and NF4: 32 rows and two tiles at a time, sums in four registers of the unit. A tile's pieces of 32 k lie one
-// behind the other; those of NF4 are made for a chunk of tiles that stays in the cache.
+// BF16 and NF4: 32 rows and two tiles at a time, sums in four registers of the unit. A tile's pieces of 32 k lie one
+// behind the other; all but those of BF16_PAIRS are made, for a chunk of tiles that stays in the cache.
 void matrix_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   const int64_t steps = w.units(32), K = task.row_length, n_groups = (task.rows.n + 31) / 32;
-  const int64_t whole = w.kind == NF4 ? steps : w.n_in / 32;  // steps that lie in memory as the unit wants them
+  const bool plain = w.kind == BF16_PAIRS;
+  const int64_t whole = plain ? w.n_in / 32 : steps;  // steps that lie in memory as the unit wants them
   const int64_t chunk = n_groups == 1 ? 2 : std::max<int64_t>(CACHE / (steps * 1024) / 2, 1) * 2;
   thread_local std::vector<float> memory;
   char* made = (char*)room(memory, chunk * K * TILE / 2 + K / 4);
@@ -721,6 +681,14 @@ void matrix_share(const Product& p, const Task& task, const Share& share) {
           view.load(step, 0, v);
           UNROLL for (int i = 0; i < 4; i++) store_pairs(pairs + (step * 4 + i) * 64, v[2 * i], v[2 * i + 1]);
         }
+      } else if (w.kind == BF16_SHORT) {
+        char* pairs = made + (tile - from) * steps * 1024;
+        ShortPairView view = short_pair_view(w, tile, (bf16*)scales, (uint8_t*)pairs);
+        for (int64_t step = 0; step < w.units(8); step++) {
+          vi v[4];
+          view.load(step, 0, v);
+        }
+        memset(pairs + w.units(8) * 256, 0, (steps * 4 - w.units(8)) * 256);
       } else if (whole < steps) {  // the last piece, with zeros behind it
         char* piece = made + (tile - from) * 1024;
         const int64_t rest = tile_bytes - whole * 1024;
@@ -728,7 +696,7 @@ void matrix_share(const Product& p, const Task& task, const Share& share) {
         memset(piece + rest, 0, 1024 - rest);
       }
     }
-    if (w.kind == NF4) tiles = made, tile_bytes = steps * 1024;
+    if (!plain) tiles = made, tile_bytes = steps * 1024;
     for (int64_t group = share.first(n_groups); group < share.last(n_groups); group++) {
       const int64_t row = group * 32, R = std::min<int64_t>(32, task.rows.n - row);
       for (int64_t tile = from; tile < to; tile += 2) {
@@ -841,6 +809,15 @@ void run_share(const Product& p, const Task& task, const Share& share) {
   }
 #endif
 #if defined(__AVX512BF16__) && !MATRIX_UNIT
+  if (form == PAIR_ROWS && w.kind == BF16_SHORT) {
+    const int64_t n_groups = share.last(task.rows.n_groups) - share.first(task.rows.n_groups);
+    const int64_t n = n_groups > FEW_GROUPS ? K * TILE / 2 : 0;  // words of a tile's pairs
+    float *made = room(memory, 2 * chunk * (n + TILE)), *numbers = made + 2 * chunk * n;
+    auto view = [&](int64_t tile, int64_t slot) {
+      return short_pair_view(w, tile, (bf16*)(numbers + slot * TILE), n ? (uint8_t*)(made + slot * n) : nullptr);
+    };
+    return view_share<ShortPairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.halves, w.units(8), view);
+  }
   if (form == PAIR_ROWS) {
     auto view = [&](int64_t tile, int64_t) { return PairView{{}, w.quants + tile * w.units(2) * TILE * 4}; };
     return view_share<PairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.halves, w.units(2), view);
@@ -852,6 +829,10 @@ void run_share(const Product& p, const Task& task, const Share& share) {
   } else if (w.kind == BF16_PAIRS && few) {
     auto view = [&](int64_t tile, int64_t) { return Bf16View{{}, w.quants + tile * w.units(2) * TILE * 4}; };
     view_share<Bf16View>(p, task, share, chunk, task.x.f32, w.units(2), view);
+  } else if (w.kind == BF16_SHORT && few) {
+    float* numbers = room(memory, chunk * TILE);
+    auto view = [&](int64_t tile, int64_t slot) { return short_view(w, tile, numbers + slot * TILE); };
+    view_share<ShortView>(p, task, share, chunk, task.x.f32, w.units(8), view);
   } else if (w.kind == NF4 && few) {
     const int64_t n = K / 64 * TILE;
     float* scales = room(memory, chunk * n);
@@ -958,6 +939,7 @@ std::vector<Span> share_of_weights(const std::vector<ptr>& weights, int64_t me, 
     };
     if (w.kind == FLOAT32) add(w.quants, w.n_in * TILE * 4);
     if (w.kind == BF16_PAIRS) add(w.quants, w.units(2) * TILE * 4);
+    if (w.kind == BF16_SHORT) add(w.scales, TILE), add(w.quants, w.units(8) * 192);
     if (w.kind == NF4) add(w.quants, w.units(64) * TILE * 32), add(w.scales, w.units(64) * TILE);
     if (w.kind == BITS4 || w.kind == BITS8) {
       add(w.scales, w.group ? w.groups() * TILE * 2 : TILE * 4);
