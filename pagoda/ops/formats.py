@@ -126,6 +126,7 @@ class PackedWeight(nn.Module):
         quants = self.quants[index]
         if self.format == "nf4":
             quants = torch.stack([quants & 15, quants >> 4], -1).flatten(-2)
+            quants = quants.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2)
             values = _nf4(self.device)[quants.int()]
         elif self.format in ("int4", "q4_0", "q4_1"):
             values = torch.stack([quants & 15, quants >> 4], 2).flatten(1, 3).float()
@@ -357,7 +358,8 @@ def _tile_quants(quants: Tensor, format: str) -> Tensor:
     if format in ("float32", "bf16", "int8", "q8_0"):
         return _tile_words(quants)
     tiles = quants.view(-1, TILE, quants.shape[1] // elements, elements).transpose(1, 2)
-    if format == "nf4":
+    if format == "nf4":  # k is even in the low half of a word and odd in the other
+        tiles = tiles.unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2)
         return tiles[..., 0::2] | tiles[..., 1::2] << 4
     halves = tiles.unflatten(1, (-1, 2, 4))  # of a block of 32, the first 16 in the low nibbles and the others above
     return halves[:, :, 0] | halves[:, :, 1] << 4

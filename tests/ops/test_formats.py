@@ -103,7 +103,7 @@ def test_nf4_gives_the_numbers_of_bitsandbytes():
     assert packed.scales[0, :, :6].T.flatten().tolist() == codes
     assert packed.mean.item() == pytest.approx(0.04699020832777023, rel=1e-7)
     assert packed.absmax.tolist() == pytest.approx([0.04367411881685257], rel=1e-7)
-    nibbles = torch.stack([packed.quants & 15, packed.quants >> 4], -1)[0, :3, 0].flatten().tolist()
+    nibbles = torch.stack([packed.quants & 15, packed.quants >> 4], -1)[0, :3, 0].view(3, 2, 4).mT.flatten().tolist()
     assert nibbles[:24] == [
         n for byte in (125, 238, 147, 18, 92, 255, 232, 50, 56, 222, 198, 16) for n in divmod(byte, 16)
     ]

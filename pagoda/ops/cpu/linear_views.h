@@ -83,7 +83,7 @@ const float NF4_VALUES[16] = {  // Dettmers et al. 2023, "QLoRA", appendix E
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowest; scales (K / 64, 16) float32
+struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, even k in the low half, each first one lowest; scales (K / 64, 16) float32
   static constexpr int COUNT = 8, NARROW = 4 / PARTS;  // 4 sums in flight
   const uint8_t* p;
   const float* scales;
@@ -91,12 +91,12 @@ struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, the first k lowe
     vi word = load_bits(p + (step * TILE + part * W) * 4);
     vf s = ::load(scales + step / 8 * TILE + part * W);
     v[0] = mul(lookup16(NF4_VALUES, word), s);
-    v[1] = mul(lookup16(NF4_VALUES, shift_right<4>(word)), s);
-    v[2] = mul(lookup16(NF4_VALUES, shift_right<8>(word)), s);
-    v[3] = mul(lookup16(NF4_VALUES, shift_right<12>(word)), s);
-    v[4] = mul(lookup16(NF4_VALUES, shift_right<16>(word)), s);
-    v[5] = mul(lookup16(NF4_VALUES, shift_right<20>(word)), s);
-    v[6] = mul(lookup16(NF4_VALUES, shift_right<24>(word)), s);
+    v[1] = mul(lookup16(NF4_VALUES, shift_right<16>(word)), s);
+    v[2] = mul(lookup16(NF4_VALUES, shift_right<4>(word)), s);
+    v[3] = mul(lookup16(NF4_VALUES, shift_right<20>(word)), s);
+    v[4] = mul(lookup16(NF4_VALUES, shift_right<8>(word)), s);
+    v[5] = mul(lookup16(NF4_VALUES, shift_right<24>(word)), s);
+    v[6] = mul(lookup16(NF4_VALUES, shift_right<12>(word)), s);
     v[7] = mul(lookup16(NF4_VALUES, shift_right<28>(word)), s);
   }
 };
@@ -163,13 +163,10 @@ struct Nf4PairView : MultiplyPairs {  // the same words as 4 pairs of unscaled b
   const float* scales;
   INLINE void load(int64_t step, int, vi* v) const {
     const vi word = load_bits(p + step * TILE * 4);
-    v[0] = pair(word, shift_left<12>(word)), v[1] = pair(shift_right<8>(word), shift_left<4>(word));
-    v[2] = pair(shift_right<16>(word), shift_right<4>(word)), v[3] = pair(shift_right<24>(word), shift_right<12>(word));
+    v[0] = pair(word), v[1] = pair(shift_right<4>(word)), v[2] = pair(shift_right<8>(word)), v[3] = pair(shift_right<12>(word));
   }
-  // The values that the lowest 4 bits of every 16 name: those of `even` below, those of `odd` above.
-  static INLINE vi pair(vi even, vi odd) {
-    return _mm512_permutexvar_epi16(_mm512_mask_blend_epi16(0xaaaaaaaa, even, odd), load_bits(values.bits));
-  }
+  // The values that the lowest 4 bits of every 16 name.
+  static INLINE vi pair(vi word) { return _mm512_permutexvar_epi16(word, load_bits(values.bits)); }
   struct Values {
     alignas(64) bf16 bits[32];  // NF4_VALUES twice: an index is 5 bits, of which the highest says nothing
     Values() {
