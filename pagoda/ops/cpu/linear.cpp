@@ -598,7 +598,7 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
 }
 
 // What the groups of rows behind the first read where they are more than FEW_GROUPS: what the first has written down.
-constexpr int64_t FEW_GROUPS = 3;
+constexpr int64_t FEW_GROUPS = 6;
 template <class View> const View& again(const View& view) { return view; }
 #if defined(__AVX512BF16__)
 inline PairView again(const ShortPairView& view) { return {{}, view.made}; }

@@ -132,10 +132,9 @@ struct ShortPairView : MultiplyPairs {  // as pairs of bf16, which are also writ
       return load_bits(line + 64 * i);
     };
     const vi codes = read(0), first = read(1);
-    v[0] = pair(codes, shift_left<8>(first), first), v[1] = pair(shift_right<4>(codes), first, shift_right<8>(first));
+    v[0] = pair(codes, low(first)), v[1] = pair(shift_right<4>(codes), high(first));
     const vi second = read(2);
-    v[2] = pair(shift_right<8>(codes), shift_left<8>(second), second);
-    v[3] = pair(shift_right<12>(codes), second, shift_right<8>(second));
+    v[2] = pair(shift_right<8>(codes), low(second)), v[3] = pair(shift_right<12>(codes), high(second));
     if (escapes(escape, step)) {  // with no call: over one the kernel's sums would be in memory
       alignas(64) uint16_t bits[128];
       UNROLL for (int i = 0; i < 4; i++) store_bits(bits + 32 * i, v[i]);
@@ -150,10 +149,13 @@ struct ShortPairView : MultiplyPairs {  // as pairs of bf16, which are also writ
   }
 
  private:
-  // The low 4 bits of the halves of `code` say which exponent, `sign` and `mantissa` hold these where bf16 has them.
-  INLINE vi pair(vi code, vi sign, vi mantissa) const {
-    const vi rest = _mm512_ternarylogic_epi32(sign, mantissa, set1_bits(0x80008000), 0xe4);  // the first where the mask has ones
-    return _mm512_ternarylogic_epi32(rest, _mm512_permutexvar_epi16(code, load_bits(exponents)), set1_bits(0x807f807f), 0xe4);
+  // Signs and mantissas where bf16 has them, from the low and from the high bytes; other bits are anything.
+  static INLINE vi high(vi bytes) { return _mm512_srai_epi16(bytes, 8); }
+  static INLINE vi low(vi bytes) { return high(_mm512_slli_epi16(bytes, 8)); }
+  // The low 4 bits of the halves of `code` say which exponent.
+  INLINE vi pair(vi code, vi rest) const {
+    const vi exponent = _mm512_permutexvar_epi16(code, load_bits(exponents));
+    return _mm512_ternarylogic_epi32(rest, exponent, set1_bits(0x807f807f), 0xe4);  // of the first where the mask has ones
   }
 };
 
