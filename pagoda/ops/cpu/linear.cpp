@@ -624,7 +624,7 @@ void float_share(const Product& p, const Task& task, const Share& share, int64_t
     views.clear(), views_again.clear();
     for (int64_t tile = from; tile < to; tile++) {
       views.push_back(make_view(tile, tile - from));
-      if (n_groups > FEW_GROUPS) views_again.push_back(again(views.back()));
+      if (!std::is_same_v<View, Again> && n_groups > FEW_GROUPS) views_again.push_back(again(views.back()));
     }
     auto multiply_group = [&](int64_t g, const auto& views_of_group) {
       using V = typename std::decay_t<decltype(views_of_group)>::value_type;

@@ -83,7 +83,8 @@ const float NF4_VALUES[16] = {  // Dettmers et al. 2023, "QLoRA", appendix E
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-struct Nf4View : Multiply {  // (K / 8, 16) words of 8 nibbles, even k in the low half, each first one lowest; scales (K / 64, 16) float32
+// (K / 8, 16) words of 8 nibbles, even k in the low half and odd in the high one, the first of each lowest; scales (K / 64, 16) float32.
+struct Nf4View : Multiply {
   static constexpr int COUNT = 8, NARROW = 4 / PARTS;  // 4 sums in flight
   const uint8_t* p;
   const float* scales;
@@ -110,7 +111,7 @@ struct MultiplyPairs {
   static INLINE vf multiply(vf acc, vi w, const uint32_t* x) { return dot_bf16(acc, w, set1_bits(*x)); }
 };
 
-struct PairView : MultiplyPairs {  // the same bytes, multiplied pair by pair
+struct PairView : MultiplyPairs {  // (K / 2, 16, 2) bf16, multiplied pair by pair
   static constexpr int COUNT = 1;
   const uint8_t* p;
   INLINE void load(int64_t step, int part, vi* v) const { v[0] = load_bits(p + (step * TILE + part * W) * 4); }
