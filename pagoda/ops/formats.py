@@ -393,7 +393,7 @@ def _pack_short(weight: Tensor) -> PackedWeight | None:
 
     for tiles, matrix, _ in parts():
         cpu.kernels.bf16_exponents(exponents[tiles].data_ptr(), counts[tiles].data_ptr(), *matrix)
-    if counts.sum() * 64 > weight.numel() or n_in >= 2**20:
+    if counts.sum() * 64 > weight.numel() or n_in >= 2**19:
         return None
     starts = nn.functional.pad((counts + 1).cumsum(0), (1, 0)).int()
     quants = torch.zeros(-(-n_tiles // 2), -(-n_in // 8), 2, 3, TILE * 4, dtype=torch.uint8)
