@@ -156,6 +156,8 @@ def test_bf16_takes_12_bits_where_the_exponents_are_few(kernels):
     scattered = torch.randn(512, 1024) * 2.0 ** torch.randint(-60, 60, (512, 1024))
     assert bits(scattered) == 16
     assert torch.equal(pack(scattered, "bf16").dequantize(), scattered.bfloat16().float())
+    assert pack(torch.ones(1, 2**19), "bf16").scales is None  # longer than the place of an escape can say
+    assert pack(torch.ones(1, 2**19 - 1), "bf16").scales is not None
 
 
 @pytest.mark.parametrize("format", FORMATS)
