@@ -62,20 +62,21 @@ struct Product {
   const void* add;   // (rows, n_out) or null
 };
 
+constexpr int64_t FEW_GROUPS = 6;     // of rows: they meet few tiles at a time, which stay in L1
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
 constexpr int64_t AHEAD = 8192;       // bytes of weights that the first rows ask for in advance; but one row reads 8-bit ones
                                       // faster as they come, one tile behind the other: the CPU sees that by itself
 
 // ---------------------------------------------------------------- activations
-// Rows are taken in groups of nearly equal size, at most MAX_ROWS, or up to ALL_ROWS together: then their weights come from
-// memory evenly. In a group of R rows element k of row r lies at [k][r]: the kernel walks it with one pointer. A group's
+// Rows are taken in groups of nearly equal size, at most MAX_ROWS, or up to ALL_ROWS together (see `multiply`): then their
+// weights come from memory evenly. In a group of R rows element k of row r lies at [k][r]: the kernel walks it with one pointer. A group's
 // arrays begin at its first row times the length of a row.
 
 struct Rows {
   const void* x;
   int64_t n, n_in, stride, dtype, n_groups;
-  Rows(const void* x, int64_t n, int64_t n_in, int64_t stride, int64_t dtype)
-      : x(x), n(n), n_in(n_in), stride(stride), dtype(dtype), n_groups(n <= ALL_ROWS ? 1 : (n + MAX_ROWS - 1) / MAX_ROWS) {}
+  Rows(const void* x, int64_t n, int64_t n_in, int64_t stride, int64_t dtype, int64_t together)
+      : x(x), n(n), n_in(n_in), stride(stride), dtype(dtype), n_groups(n <= together ? 1 : (n + MAX_ROWS - 1) / MAX_ROWS) {}
   int64_t first(int64_t group) const { return n * group / n_groups; }
   int count(int64_t group) const { return int(first(group + 1) - first(group)); }
 };
@@ -254,8 +255,8 @@ void copy_rows(const Rows& rows, int64_t first, int64_t count, int64_t n, bf16* 
 }
 
 // ---------------------------------------------------------------- what is read next
-// Asked for a little in every step: what is asked for in bursts the CPU forgets. Of integers the first rows that meet them
-// ask for what is AHEAD; of other weights all rows of a chunk ask for the next one together.
+// Asked for a little in every step: what is asked for in bursts the CPU forgets. Of one tile the first rows that meet it ask for
+// what is AHEAD; of tiles side by side all rows together ask for the next ones.
 
 struct Evenly {
   const char* now;
@@ -274,71 +275,97 @@ struct Evenly {
 
 enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
-// dot (N) += the products of one block of a part of a tile with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
+// dot (T, N) += the products of one block of a part of T tiles with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
 // k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits. With each line that
 // is read one `later` is asked for.
-template <int BITS, int R, int N = R>
-INLINE void dot_block(const uint8_t* q, const int32_t* quads, vi* dot, const uint8_t* later = nullptr) {
-  if (BITS == 8) {
-    UNROLL for (int j = 0; j < 8; j++) {
-      vi v = signed_operand(load_bits(q + 64 * j));
-      UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_signed(dot[r], v, quads + j * R + r);
-      if (later) __builtin_prefetch(later + 64 * j);
+template <int BITS, int R, int T, int N>
+INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N], const uint8_t* later = nullptr) {
+  vi line[T], v[T];
+  auto multiply = [&](const int32_t* x) INLINE_LAMBDA {
+    UNROLL for (int r = 0; r < N; r++) {
+      if constexpr (T == 1) {
+        dot[0][r] = dot4<BITS>(dot[0][r], v[0], x + r);
+      } else {  // loads bound it: one for all tiles
+        const vi quad = set1_bits(uint32_t(x[r]));
+        UNROLL for (int t = 0; t < T; t++) dot[t][r] = dot4<BITS>(dot[t][r], v[t], quad);
+      }
     }
-  } else {
-    UNROLL for (int j = 0; j < 4; j++) {
-      vi v = load_bits(q + 64 * j), low = and_bits(v, 0x0f0f0f0f), high = and_bits(shift_right<4>(v), 0x0f0f0f0f);
-      UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_small(dot[r], low, quads + j * R + r);
-      UNROLL for (int r = 0; r < N; r++) dot[r] = dot4_small(dot[r], high, quads + (4 + j) * R + r);
-      if (later) __builtin_prefetch(later + 64 * j);
+  };
+  UNROLL for (int j = 0; j < BITS; j++) {
+    UNROLL for (int t = 0; t < T; t++) {
+      line[t] = load_bits(q[t] + 64 * j);
+      if (later) __builtin_prefetch(later + 64 * (j * T + t));
+      v[t] = BITS == 8 ? signed_operand(line[t]) : and_bits(line[t], 0x0f0f0f0f);
     }
+    multiply(quads + j * R);
+    if (BITS == 8) continue;
+    UNROLL for (int t = 0; t < T; t++) v[t] = and_bits(shift_right<4>(line[t]), 0x0f0f0f0f);
+    multiply(quads + (4 + j) * R);
   }
 }
 
-// sums (R, 16) of one tile. Whether it comes from memory: what is AHEAD is then asked for.
-template <int BITS, Scales SCALES, int R>
-void integer_tile(const Weight& w, int64_t tile, const Int8Rows& x, bool from_memory, float* sums) {
-  constexpr int N = R > MAX_ROWS ? (R + 1) / 2 : R;  // rows at a time
+// sums (T, R, 16) of the tiles from `tile` on; where there are less before `end`, of the last one again. Of one tile whether it
+// comes from memory: what is AHEAD is then asked for.
+template <int BITS, Scales SCALES, int T, int R>
+void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x, bool from_memory, Evenly ahead,
+                   float* sums) {
+  constexpr int MOST = T > 1 ? 4 : R > MAX_ROWS ? (R + 1) / 2 : R, PASSES = (R + MOST - 1) / MOST;
+  constexpr int N = (R + PASSES - 1) / PASSES;  // rows at a time
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
   const int32_t* offsets = BITS == 8 ? (SIGNED_BIAS ? x.offset8 : nullptr) : (w.zero_point ? x.offset4 : nullptr);
   for (int part = 0; part < PARTS; part++) {
-    const uint8_t* q = w.quants + tile * n_blocks * 64 * BITS + part * W * 4;
-    const f16* scale = (const f16*)w.scales + tile * n_groups * TILE + part * W;
-    const f16* minimum = w.minimums + tile * n_groups * TILE + part * W;
-    vf acc[R];
-    UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
+    const uint8_t* q[T];
+    const f16 *scale[T], *minimum[T];
+    UNROLL for (int t = 0; t < T; t++) {
+      const int64_t i = std::min(tile + t, end - 1);
+      q[t] = w.quants + i * n_blocks * 64 * BITS + part * W * 4;
+      scale[t] = (const f16*)w.scales + i * n_groups * TILE + part * W;
+      minimum[t] = w.minimums + i * n_groups * TILE + part * W;
+    }
+    vf acc[T][R];
+    UNROLL for (int t = 0; t < T; t++)
+      UNROLL for (int r = 0; r < R; r++) acc[t][r] = zero();
     int64_t left = w.group;
-    for (int64_t b = 0; b < n_blocks; b++, q += 64 * BITS) {
-      const bool ask = from_memory && part == 0;
+    for (int64_t b = 0; b < n_blocks; b++) {
+      const bool ask = T == 1 && from_memory && part == 0;
+      if (T > 1 && part == 0) ahead.ask();
       if (SCALES != PER_ROW && R <= 8 && ask) {  // of more rows a load more costs more than it saves
-        __builtin_prefetch(scale + AHEAD / (4 * BITS));
-        if (SCALES == WITH_MINIMUM) __builtin_prefetch(minimum + AHEAD / (4 * BITS));
+        __builtin_prefetch(scale[0] + AHEAD / (4 * BITS));
+        if (SCALES == WITH_MINIMUM) __builtin_prefetch(minimum[0] + AHEAD / (4 * BITS));
       }
-      auto multiply = [&](auto first, auto count) INLINE_LAMBDA {
-        constexpr int F = first, C = count;
+      auto multiply = [&](auto pass) INLINE_LAMBDA {
+        constexpr int F = pass * N, C = std::max(std::min(N, R - F), 1);
+        if (F >= R) return;
         const int64_t at = b * R + F;
-        vi dot[C];
-        UNROLL for (int r = 0; r < C; r++) dot[r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
-        dot_block<BITS, R, C>(q, x.quads + b * 8 * R + F, dot, F == 0 && ask ? q + AHEAD : nullptr);
-        if (SCALES == PER_ROW) {
-          UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(from_int(dot[r]), set1(x.scales[at + r]), acc[F + r]);
-          return;
-        }
-        const vf s = load(scale);
-        UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(from_int(dot[r]), mul(s, set1(x.scales[at + r])), acc[F + r]);
-        if (SCALES == WITH_MINIMUM) {
-          const vf m = load(minimum);
-          UNROLL for (int r = 0; r < C; r++) acc[F + r] = fma(m, set1(x.sums[at + r]), acc[F + r]);
+        vi dot[T][C];
+        UNROLL for (int t = 0; t < T; t++)
+          UNROLL for (int r = 0; r < C; r++) dot[t][r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
+        dot_block<BITS, R, T, C>(q, x.quads + b * 8 * R + F, dot, F == 0 && ask ? q[0] + AHEAD : nullptr);
+        UNROLL for (int t = 0; t < T; t++) {
+          const vf s = SCALES == PER_ROW ? zero() : load(scale[t]), m = SCALES == WITH_MINIMUM ? load(minimum[t]) : zero();
+          UNROLL for (int r = 0; r < C; r++) {
+            const vf by = SCALES == PER_ROW ? set1(x.scales[at + r]) : mul(s, set1(x.scales[at + r]));
+            acc[t][F + r] = fma(from_int(dot[t][r]), by, acc[t][F + r]);
+          }
+          if (SCALES == WITH_MINIMUM)
+            UNROLL for (int r = 0; r < C; r++) acc[t][F + r] = fma(m, set1(x.sums[at + r]), acc[t][F + r]);
         }
       };
-      multiply(std::integral_constant<int, 0>(), std::integral_constant<int, N>());
-      if constexpr (N < R) multiply(std::integral_constant<int, N>(), std::integral_constant<int, R - N>());
-      if (SCALES != PER_ROW && --left == 0) scale += TILE, minimum += TILE, left = w.group;
+      multiply(std::integral_constant<int, 0>());
+      if constexpr (PASSES > 1) multiply(std::integral_constant<int, 1>());
+      if constexpr (PASSES > 2) multiply(std::integral_constant<int, 2>());
+      UNROLL for (int t = 0; t < T; t++) q[t] += 64 * BITS;
+      if (SCALES != PER_ROW && --left == 0) {
+        UNROLL for (int t = 0; t < T; t++) scale[t] += TILE, minimum[t] += TILE;
+        left = w.group;
+      }
     }
-    UNROLL for (int r = 0; r < R; r++) {
-      if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE + part * W));
-      store(sums + r * TILE + part * W, acc[r]);
-    }
+    UNROLL for (int t = 0; t < T; t++)
+      UNROLL for (int r = 0; r < R; r++) {
+        vf sum = acc[t][r];
+        if (SCALES == PER_ROW) sum = mul(sum, load((const float*)w.scales + std::min(tile + t, end - 1) * TILE + part * W));
+        store(sums + (t * R + r) * TILE + part * W, sum);
+      }
   }
 }
 
@@ -349,30 +376,34 @@ template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Resi
     vf acc = load(sums + part * W);
     for (const Residual* x = residuals; x < residuals + n; x++) {
       const int64_t at = (tile * w.groups() + x->block / w.group) * TILE + part * W;
-      vi dot = set1_bits(BITS == 8 ? x->offset8 : w.zero_point ? x->offset4 : 0);
+      const uint8_t* block = q + x->block * 64 * BITS;
+      vi dot[1][1] = {{set1_bits(BITS == 8 ? x->offset8 : w.zero_point ? x->offset4 : 0)}};
       if (BITS == 4) prefetch(q + w.units(32) * 64 * BITS + AHEAD + (x - residuals) * 64 * BITS, 64 * BITS);  // of the next tile
-      dot_block<BITS, 1>(q + x->block * 64 * BITS, x->quads, &dot);
-      acc = fma(from_int(dot), mul(load((const f16*)w.scales + at), set1(x->scale)), acc);
+      dot_block<BITS, 1, 1, 1>(&block, x->quads, dot);
+      acc = fma(from_int(dot[0][0]), mul(load((const f16*)w.scales + at), set1(x->scale)), acc);
       if (w.minimums) acc = fma(load(w.minimums + at), set1(x->sum), acc);
     }
     store(sums + part * W, acc);
   }
 }
 
-using IntegerTile = void (*)(const Weight&, int64_t, const Int8Rows&, bool, float*);
-template <int BITS, Scales SCALES, int... R>
-constexpr std::array<IntegerTile, sizeof...(R)> integer_tiles(std::integer_sequence<int, R...>) {
-  return {integer_tile<BITS, SCALES, R + 1>...};
+using IntegerTiles = void (*)(const Weight&, int64_t, int64_t, const Int8Rows&, bool, Evenly, float*);
+template <int BITS, Scales SCALES, int T, int... R>
+constexpr std::array<IntegerTiles, sizeof...(R)> integer_kernels(std::integer_sequence<int, R...>) {
+  return {integer_tiles<BITS, SCALES, T, R + 1>...};
 }
 using RowCounts = std::make_integer_sequence<int, ALL_ROWS>;
 
-IntegerTile integer_kernel(const Weight& w, int R) {
-  static constexpr auto bits4 = integer_tiles<4, PER_GROUP>(RowCounts());
-  static constexpr auto bits4_minimum = integer_tiles<4, WITH_MINIMUM>(RowCounts());
-  static constexpr auto bits8 = integer_tiles<8, PER_GROUP>(RowCounts());
-  static constexpr auto bits8_row = integer_tiles<8, PER_ROW>(RowCounts());
+// `wide`: of WIDE_TILES, at most MAX_ROWS; made for 8 bits and a scale per row alone. What bounds the others is scaling sums.
+IntegerTiles integer_kernel(const Weight& w, int R, bool wide) {
+  static constexpr auto bits4 = integer_kernels<4, PER_GROUP, 1>(RowCounts());
+  static constexpr auto bits4_minimum = integer_kernels<4, WITH_MINIMUM, 1>(RowCounts());
+  static constexpr auto bits8 = integer_kernels<8, PER_GROUP, 1>(RowCounts());
+  static constexpr auto bits8_row = integer_kernels<8, PER_ROW, 1>(RowCounts());
+  static constexpr auto bits8_row_wide = integer_kernels<8, PER_ROW, WIDE_TILES>(std::make_integer_sequence<int, MAX_ROWS>());
   if (w.kind == BITS4) return w.minimums ? bits4_minimum[R - 1] : bits4[R - 1];
-  return w.group ? bits8[R - 1] : bits8_row[R - 1];
+  if (w.group) return bits8[R - 1];
+  return wide ? bits8_row_wide[R - 1] : bits8_row[R - 1];
 }
 
 // The block scales of an NF4 tile, (K / 64, 16): value of the code * factor of its 256 + mean, two roundings as in
@@ -574,75 +605,79 @@ void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile,
 void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   const int64_t n_blocks = w.units(32), tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_residuals = count_residuals(n_blocks);
-  const int64_t chunk = std::max<int64_t>(1, CACHE / tile_bytes);
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
-  const bool by_itself = w.kind == BITS8 && task.rows.n == 1;
+  const bool by_itself = w.kind == BITS8 && task.rows.n == 1, wide = w.kind == BITS8 && !w.group && task.rows.n_groups > 1;
+  const int64_t width = wide ? WIDE_TILES : 1;
+  const int64_t chunk = wide && n_groups <= FEW_GROUPS ? width : std::max<int64_t>(1, CACHE / tile_bytes / width) * width;
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
-  alignas(64) float sums[ALL_ROWS * TILE];
+  alignas(64) float sums[std::max(WIDE_TILES * MAX_ROWS, ALL_ROWS) * TILE];
   for (int64_t from = share.begin, to; from < share.end; from = to) {
     to = std::min(share.end, from + chunk);
+    const int64_t asked = (std::min(share.end, to + chunk) - to) * tile_bytes;
     for (int64_t g = 0; g < n_groups; g++) {
       const int64_t row = task.rows.first(first_group + g);
       const int R = task.rows.count(first_group + g);
-      const IntegerTile multiply = integer_kernel(w, R);
+      const IntegerTiles multiply = integer_kernel(w, R, wide);
       const Int8Rows x = task.x.int8.group(row * n_blocks, R);
-      for (int64_t tile = from; tile < to; tile++) {
-        multiply(w, tile, x, g == 0 && !by_itself, sums);
-        if (w.fine)
-          for (int r = 0; r < R; r++)
-            refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);
-        write(p, task.rows, row, R, tile, sums);
+      for (int64_t tile = from; tile < to;) {
+        const Evenly ahead((const char*)w.quants + to * tile_bytes, asked, g * (to - from) + tile - from,
+                           n_groups * (to - from), width, n_blocks);
+        multiply(w, tile, to, x, g == 0 && !by_itself, ahead, sums);
+        float* sum = sums;
+        for (const int64_t stop = std::min(to, tile + width); tile < stop; tile++, sum += R * TILE) {
+          if (w.fine)
+            for (int r = 0; r < R; r++)
+              refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sum + r * TILE);
+          write(p, task.rows, row, R, tile, sum);
+        }
       }
     }
   }
 }
 
 // What the groups of rows behind the first read where they are more than FEW_GROUPS: what the first has written down.
-constexpr int64_t FEW_GROUPS = 6;
 template <class View> const View& again(const View& view) { return view; }
 #if defined(__AVX512BF16__)
 inline PairView again(const ShortPairView& view) { return {{}, view.made}; }
 #endif
 
-// Multiplies T tiles at a time. make_view(tile, slot) gives the view of a tile; a chunk has a slot for each of its tiles.
-// Whether the views read the weight itself (from_memory) or what was made of it.
+// Multiplies T tiles at a time, by all rows before the next ones. make_view(tile, slot) gives the view of one, the slot-th of
+// the T. Whether the views read the weight itself (from_memory) or what was made of it.
 template <class View, int T, class RowCounts, class F>
-void float_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
-                 int64_t steps, bool from_memory, F make_view) {
+void float_share(const Product& p, const Task& task, const Share& share, const typename View::X* x, int64_t steps,
+                 bool from_memory, F make_view) {
   const int64_t row_words = task.row_length * sizeof(typename View::E) / sizeof(typename View::X);
   using Again = std::decay_t<decltype(again(std::declval<const View&>()))>;
   using Few = std::make_integer_sequence<int, std::min<int>(RowCounts::size(), MAX_ROWS)>;
   alignas(64) float sums[std::max<int>(T * Few::size(), RowCounts::size()) * TILE];
-  std::vector<View> views;
-  std::vector<Again> views_again;
+  View views[T];
+  Again views_again[T];
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
-  if (n_groups == 1 && from_memory) chunk = T;  // what is asked for comes just before it is read
+  const int64_t tile_bytes = steps * View::LINES * 64;
   for (int64_t from = share.begin, to; from < share.end; from = to) {
-    to = std::min(share.end, from + chunk);
-    const int64_t tile_bytes = steps * View::LINES * 64;
-    const int64_t asked = from_memory ? (std::min(share.end, to + chunk) - to) * tile_bytes : 0;
-    views.clear(), views_again.clear();
-    for (int64_t tile = from; tile < to; tile++) {
-      views.push_back(make_view(tile, tile - from));
-      if (!std::is_same_v<View, Again> && n_groups > FEW_GROUPS) views_again.push_back(again(views.back()));
-    }
-    auto multiply_group = [&](int64_t g, const auto& views_of_group) {
-      using V = typename std::decay_t<decltype(views_of_group)>::value_type;
+    to = std::min(share.end, from / T * T + T);
+    const int64_t asked = from_memory ? (std::min(share.end, to + T) - to) * tile_bytes : 0;
+    const int64_t distance = n_groups == 1 && View::BESIDE == T ? AHEAD : (to - from) * tile_bytes;
+    for (int64_t tile = from; tile < to; tile++) views[tile - from] = make_view(tile, tile - from);
+    auto multiply_group = [&](int64_t g, const auto* views_of_group) {
+      using V = std::decay_t<decltype(*views_of_group)>;
       static constexpr auto wide = float_kernels<V, T>(Few()), narrow = float_kernels<V, 1>(RowCounts());
       const int64_t row = task.rows.first(first_group + g), n_steps = steps * View::COUNT / V::COUNT;
-      const int R = task.rows.count(first_group + g);
+      const int R = task.rows.count(first_group + g), width = R <= MAX_ROWS && to - from == T ? T : 1;
+      const auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
       for (int64_t tile = from; tile < to;) {
-        const int width = R <= MAX_ROWS && tile + T <= to && tile % V::BESIDE == 0 ? T : 1;
-        auto multiply = width == T ? wide[R - 1] : narrow[R - 1];
-        const Evenly ahead((const char*)views[0].p + (to - from) * tile_bytes, asked, g * (to - from) + tile - from,
+        const Evenly ahead((const char*)views[0].p + distance, asked, g * (to - from) + tile - from,
                            n_groups * (to - from), width, n_steps);
         multiply(&views_of_group[tile - from], n_steps, x + row * row_words, ahead, sums);
         for (int t = 0; t < width; t++, tile++) write(p, task.rows, row, R, tile, sums + t * R * TILE);
       }
     };
-    for (int64_t g = 0; g < n_groups; g++) {
-      if (g == 0 || views_again.empty()) multiply_group(g, views);
-      else multiply_group(g, views_again);
+    multiply_group(0, views);
+    if (n_groups > FEW_GROUPS)
+      for (int t = 0; t < T; t++) views_again[t] = again(views[t]);
+    for (int64_t g = 1; g < n_groups; g++) {
+      if (n_groups > FEW_GROUPS) multiply_group(g, views_again);
+      else multiply_group(g, views);
     }
   }
 }
@@ -778,17 +813,17 @@ void integer_matrix_share(const Product& p, const Task& task, const Share& share
 #endif
 
 template <class View, class F>
-void view_share(const Product& p, const Task& task, const Share& share, int64_t chunk, const typename View::X* x,
-                int64_t steps, F make_view, bool from_memory = true) {
+void view_share(const Product& p, const Task& task, const Share& share, const typename View::X* x, int64_t steps, F make_view,
+                bool from_memory = true) {
   using One = std::make_integer_sequence<int, 1>;
-  if (task.rows.n == 1) float_share<View, View::NARROW, One>(p, task, share, chunk, x, steps, from_memory, make_view);
-  else float_share<View, View::WIDE, RowCounts>(p, task, share, chunk, x, steps, from_memory, make_view);
+  if (task.rows.n == 1) float_share<View, View::NARROW, One>(p, task, share, x, steps, from_memory, make_view);
+  else float_share<View, View::WIDE, RowCounts>(p, task, share, x, steps, from_memory, make_view);
 }
 
 void run_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
-  const int64_t K = task.row_length, width = task.rows.n == 1 ? 4 : WIDE_TILES;
-  const int64_t chunk = std::max<int64_t>(CACHE / (K * TILE * 4) / width, 1) * width;
+  const int64_t K = task.row_length;
+  constexpr int64_t SLOTS = 4;  // tiles that a view takes at a time, at most
   const bool few = task.rows.n_groups == 1;  // each tile is used once: not worth writing it down dequantized
   thread_local std::vector<float> memory;
   const Form form = form_of(w, task.rows.n);
@@ -800,54 +835,54 @@ void run_share(const Product& p, const Task& task, const Share& share) {
 #if defined(__AVX512BF16__)
   if (form == PAIR_ROWS && w.kind == NF4) {
     const int64_t n = K / 64 * TILE;
-    float* scales = room(memory, 4 * chunk * n);
+    float* scales = room(memory, SLOTS * n);
     auto view = [&](int64_t tile, int64_t slot) {
       nf4_scales(w, tile, scales + slot * n);
       return Nf4PairView{{}, w.quants + tile * K * TILE / 2, scales + slot * n};
     };
-    return view_share<Nf4PairView>(p, task, share, 4 * chunk, (const uint32_t*)task.x.halves, K / 8, view);
+    return view_share<Nf4PairView>(p, task, share, (const uint32_t*)task.x.halves, K / 8, view);
   }
 #endif
 #if defined(__AVX512BF16__) && !MATRIX_UNIT
   if (form == PAIR_ROWS && w.kind == BF16_SHORT) {
     const int64_t n_groups = share.last(task.rows.n_groups) - share.first(task.rows.n_groups);
     const int64_t n = n_groups > FEW_GROUPS ? K * TILE / 2 : 0;  // words of a tile's pairs
-    float *made = room(memory, 2 * chunk * (n + TILE)), *numbers = made + 2 * chunk * n;
+    float *made = room(memory, SLOTS * (n + TILE)), *numbers = made + SLOTS * n;
     auto view = [&](int64_t tile, int64_t slot) {
       return short_pair_view(w, tile, (bf16*)(numbers + slot * TILE), n ? (uint8_t*)(made + slot * n) : nullptr);
     };
-    return view_share<ShortPairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.halves, w.units(8), view);
+    return view_share<ShortPairView>(p, task, share, (const uint32_t*)task.x.halves, w.units(8), view);
   }
   if (form == PAIR_ROWS) {
     auto view = [&](int64_t tile, int64_t) { return PairView{{}, w.quants + tile * w.units(2) * TILE * 4}; };
-    return view_share<PairView>(p, task, share, 2 * chunk, (const uint32_t*)task.x.halves, w.units(2), view);
+    return view_share<PairView>(p, task, share, (const uint32_t*)task.x.halves, w.units(2), view);
   }
 #endif
   if (w.kind == FLOAT32) {
     auto view = [&](int64_t tile, int64_t) { return Float32View{{}, (const float*)w.quants + tile * w.n_in * TILE}; };
-    view_share<Float32View>(p, task, share, chunk, task.x.f32, w.n_in, view);
+    view_share<Float32View>(p, task, share, task.x.f32, w.n_in, view);
   } else if (w.kind == BF16_PAIRS && few) {
     auto view = [&](int64_t tile, int64_t) { return Bf16View{{}, w.quants + tile * w.units(2) * TILE * 4}; };
-    view_share<Bf16View>(p, task, share, chunk, task.x.f32, w.units(2), view);
+    view_share<Bf16View>(p, task, share, task.x.f32, w.units(2), view);
   } else if (w.kind == BF16_SHORT && few) {
-    float* numbers = room(memory, chunk * TILE);
+    float* numbers = room(memory, SLOTS * TILE);
     auto view = [&](int64_t tile, int64_t slot) { return short_view(w, tile, numbers + slot * TILE); };
-    view_share<ShortView>(p, task, share, chunk, task.x.f32, w.units(8), view);
+    view_share<ShortView>(p, task, share, task.x.f32, w.units(8), view);
   } else if (w.kind == NF4 && few) {
     const int64_t n = K / 64 * TILE;
-    float* scales = room(memory, chunk * n);
+    float* scales = room(memory, SLOTS * n);
     auto view = [&](int64_t tile, int64_t slot) {
       nf4_scales(w, tile, scales + slot * n);
       return Nf4View{{}, w.quants + tile * K * TILE / 2, scales + slot * n};
     };
-    view_share<Nf4View>(p, task, share, chunk, task.x.f32, K / 8, view);
-  } else {  // dequantize the tiles of a chunk, then let all rows pass by
-    float *panels = room(memory, (chunk + 1) * K * TILE), *scratch = panels + chunk * K * TILE;
+    view_share<Nf4View>(p, task, share, task.x.f32, K / 8, view);
+  } else {  // dequantized, then let all rows pass by
+    float *panels = room(memory, (SLOTS + 1) * K * TILE), *scratch = panels + SLOTS * K * TILE;
     auto view = [&](int64_t tile, int64_t slot) {
       unpack_tile(w, tile, panels + slot * K * TILE, scratch);
       return Float32View{{}, panels + slot * K * TILE};
     };
-    view_share<Float32View>(p, task, share, chunk, task.x.f32, w.n_in, view, false);
+    view_share<Float32View>(p, task, share, task.x.f32, w.n_in, view, false);
   }
 }
 
@@ -870,9 +905,12 @@ Activations allocate(int64_t rows, int64_t n_blocks, int64_t row_length, const b
           (bf16*)(p + blocks * 12 + floats)};
 }
 
-void multiply(const Product* products, int64_t n_products, const Rows& rows) {
-  if (rows.n == 0) return;
+void multiply(const Product* products, int64_t n_products, const void* x, int64_t n_rows, int64_t x_stride, int64_t dtype) {
+  if (n_rows == 0) return;
   const Weight& w = *products[0].weight;  // all have the same n_in
+  // With bf16 in 12 bits two groups of rows and two tiles at a time are faster than all rows beside one.
+  const bool two = form_of(w, n_rows) == PAIR_ROWS && w.kind == BF16_SHORT;
+  const Rows rows(x, n_rows, w.n_in, x_stride, dtype, two ? MAX_ROWS : ALL_ROWS);
   Task task{rows, {}, w.units(64) * 64};
   bool wanted[N_FORMS] = {}, fine = false;
   int64_t tiles = 0;
@@ -916,13 +954,13 @@ void multiply(const Product* products, int64_t n_products, const Rows& rows) {
 void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype) {
   auto w = (const Weight*)weight;
   Product product{w, (void*)y, (void*)bias, (void*)add};
-  multiply(&product, 1, Rows((void*)x, rows, w->n_in, x_stride, dtype));
+  multiply(&product, 1, (void*)x, rows, x_stride, dtype);
 }
 
 void linear_many(std::vector<ptr> y, std::vector<ptr> weights, ptr x, int64_t rows, int64_t x_stride, int64_t dtype) {
   std::vector<Product> products;
   for (size_t i = 0; i < y.size(); i++) products.push_back({(const Weight*)weights[i], (void*)y[i], nullptr, nullptr});
-  multiply(products.data(), y.size(), Rows((void*)x, rows, products[0].weight->n_in, x_stride, dtype));
+  multiply(products.data(), y.size(), (void*)x, rows, x_stride, dtype);
 }
 
 // The bytes that a thread reads of the weights of a product with few rows, as `multiply` divides them.

@@ -15,7 +15,7 @@ constexpr int MAX_ROWS = 12;      // rows of activations in a register tile: 12 
 constexpr int ALL_ROWS = 16;      // if there are no more, all of them beside one tile
 constexpr int WIDE_TILES = 2;     // tiles side by side in the float kernel
 constexpr int REGISTERS = 32;     // that sums and weights of a step may take
-constexpr int SIGNED_BIAS = 128;  // dot4_signed gives this many times the sum of a too much
+constexpr int SIGNED_BIAS = 128;  // dot4<8> gives this many times the sum of a too much
 
 INLINE vf from_int(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a); }
@@ -36,15 +36,15 @@ INLINE vf lookup256(const float* table, const uint8_t* index) {
   }
   return part[0];
 }
-// acc + the sum of four products per lane: bytes of w with four signed bytes at a, the same for all lanes. w is 0..15 in
-// dot4_small, and in dot4_signed signed numbers passed through signed_operand. Assembly, because GCC spends an
-// instruction on the broadcast that the multiplication does on its own.
-INLINE vi dot4_small(vi acc, vi w, const int32_t* a) {
+// acc + the sum of four products per lane: bytes of w with four signed bytes a, which are the same for all lanes. w is 0..15 at
+// 4 BITS, and at 8 signed numbers passed through signed_operand.
+template <int BITS> INLINE vi dot4(vi acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+// Of four bytes in memory: assembly, because GCC spends an instruction on the broadcast that the multiplication does on its own.
+template <int BITS> INLINE vi dot4(vi acc, vi w, const int32_t* a) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*a));
   return acc;
 }
 INLINE vi signed_operand(vi w) { return _mm512_xor_si512(w, set1_bits(0x80808080)); }
-INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) { return dot4_small(acc, w, a); }
 
 #elif SIMD_AVX2
 constexpr int MAX_ROWS = 6, ALL_ROWS = 6;
@@ -67,12 +67,11 @@ INLINE vf lookup16(const float* table, vi index) {
 INLINE vi add_pairs(vi acc, vi products) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
-INLINE vi dot4_small(vi acc, vi w, const int32_t* a) {
-  return add_pairs(acc, _mm256_maddubs_epi16(w, set1_bits(uint32_t(*a))));
-}
 INLINE vi signed_operand(vi w) { return w; }
-INLINE vi dot4_signed(vi acc, vi w, const int32_t* a) {
-  return add_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(set1_bits(uint32_t(*a)), w)));
+template <int BITS> INLINE vi dot4(vi acc, vi w, const int32_t* quad) {
+  const vi a = set1_bits(uint32_t(*quad));
+  if (BITS == 4) return add_pairs(acc, _mm256_maddubs_epi16(w, a));
+  return add_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
 }
 
 #else
@@ -92,14 +91,13 @@ INLINE vf lookup16(const float* table, vi i) {
   return vf{table[i[0] & 15], table[i[1] & 15], table[i[2] & 15], table[i[3] & 15]};
 }
 INLINE vi signed_operand(vi w) { return w; }
-INLINE vi dot4_signed(vi acc, vi w, const int32_t* quad) {
+template <int BITS> INLINE vi dot4(vi acc, vi w, const int32_t* quad) {
   vi a = set1_bits(uint32_t(*quad));
   acc += (vi)(((vs)(w << 24) >> 24) * ((vs)(a << 24) >> 24));
   acc += (vi)(((vs)(w << 16) >> 24) * ((vs)(a << 16) >> 24));
   acc += (vi)(((vs)(w << 8) >> 24) * ((vs)(a << 8) >> 24));
   return acc + (vi)(((vs)w >> 24) * ((vs)a >> 24));
 }
-INLINE vi dot4_small(vi acc, vi w, const int32_t* a) { return dot4_signed(acc, w, a); }
 #endif
 
 #if !SIMD_AVX512
