@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+Rates = dict[str, dict[str, float]]
+Profile = dict[str, float | tuple[float, ...]]
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 
@@ -98,14 +100,15 @@ def run(command: list) -> dict[str, float]:
     return result
 
 
-def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps: int = 4) -> float:
+def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps: int = 4) -> tuple[float, Profile]:
     """A decode step's time with `long` tokens of context over that with `short` ones, as a multiple of what their bytes
-    say: the median of turns of a few steps each, by two engines in this process."""
+    say: the median of turns of a few steps each, by two engines in this process. And where the times go: of each
+    context, in other such turns, medians of what reads weights, what reads the cache, and the rest."""
     from pagoda.engine.engine import Engine
     from pagoda.engine.llm import LLM
     from pagoda.engine.options import EngineOptions, Sampling
     from pagoda.engine.request import Request
-    from pagoda.evaluate.bench import decode_bytes
+    from pagoda.evaluate.bench import decode_bytes, memory_to_read, read_bandwidth
 
     model = LLM.load(gguf).model
     engines = []
@@ -126,16 +129,30 @@ def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps
                 engine.step()
             seconds.append(engine.timing.decode_seconds - before)
         ratios.append(seconds[1] / seconds[0])
-    read = [decode_bytes(model, torch.bfloat16, n + 16 + turns * steps // 2, 1) for n in (short, long)]
+    contexts = [n + 16 + turns * steps // 2 for n in (short, long)]
+    read = [decode_bytes(model, torch.bfloat16, n, 1) for n in contexts]
     low, middle, high = (q * read[0] / read[1] for q in statistics.quantiles(ratios))
     print(f"{middle:9.2f}  {long} against {short} tokens (quarters at {low:.2f} and {high:.2f})", file=sys.stderr)
-    return middle
+
+    recordings = [decoder.recording for engine in engines for decoder in engine.runner.decoders.values()]
+    weights, much = decode_bytes(model, torch.bfloat16, 0, 1), memory_to_read(model.device)
+    took, sums = [[], []], []
+    for _ in range(turns):
+        for runs, recording in zip(took, recordings):
+            runs += [recording.seconds(times=1) for _ in range(steps)]
+        sums.append(read_bandwidth(much, times=1) / 1e9)
+    profile = {"a sum, GB/s": statistics.median(sums)}
+    for n, runs, size in zip((short, long), took, read):
+        products = statistics.median(run["linear"] + run["linear_many"] for run in runs)
+        attention = statistics.median(run["attention"] for run in runs)
+        rest = statistics.median(sum(run.values()) for run in runs) - products - attention
+        profile[f"{n:,} tokens"] = (products, weights, attention, size - weights, rest)
+    return middle, profile
 
 
-Rates = dict[str, dict[str, float]]
 
 
-def table(rates: Rates, rounds: list[Rates], growths: list[float], args: argparse.Namespace) -> str:
+def table(rates: Rates, rounds: list[Rates], growths: list[tuple[float, Profile]], args: argparse.Namespace) -> str:
     own = rates["pagoda, the file's bits (Q4_1, head Q8_0)"]
     lines = [
         f"{cpu_name()}, {platform.machine()}, {torch.get_num_threads()} threads; read bandwidth "
@@ -150,11 +167,19 @@ def table(rates: Rates, rounds: list[Rates], growths: list[float], args: argpars
         lines.append(f"| {name} | {r['prefill']:.0f} | {r['decode']:.1f} | {share} |")
     lines += ["", "| target | asked | seen | in each round | what asked would read, of the bandwidth |"]
     lines += ["|---|---|---|---|---|"]
-    for same in zip(*(targets(r, g) for r, g in zip(rounds, growths))):  # a target in all rounds
+    for same in zip(*(targets(r, ratio) for r, (ratio, _) in zip(rounds, growths))):  # a target in all rounds
         what, asked = same[0][:2]
         seen, *needed = (statistics.median(column) for column in zip(*(x[2:] for x in same)))
         each = ", ".join(f"{x[2]:.2f}" for x in same)
         lines.append(f"| {what} | {asked} | {seen:.2f} | {each} | {''.join(map('{:.0%}'.format, needed))} |")
+    lines += ["", "| a step of the file's bits, with | products | attention | the rest |", "|---|---|---|---|"]
+    for number, (_, profile) in enumerate(growths, start=1):
+        profile = dict(profile)
+        reads = f"round {number}, a sum reads {profile.pop('a sum, GB/s'):.0f} GB/s"
+        for context, (products, weights, attention, cache, rest) in profile.items():
+            parts = ((products, weights), (attention, cache))
+            cells = (f"{t * 1e3:.2f} ms, {n / 1e6:.0f} MB, {n / t / 1e9:.0f} GB/s" for t, n in parts)
+            lines.append(f"| {context} ({reads}) | {' | '.join(cells)} | {rest * 1e3:.2f} ms |")
     return "\n".join(lines)
 
 

@@ -3,10 +3,11 @@ And the products of a training step, forward, back to the input and to the weigh
 
 usage: python benchmarks/linear.py [--size 4096] [--copies 8]
 
-So many matrices of size x size are multiplied in turns, that their weights come from memory; bf16 activations. GB/s are
-the weights' bytes over the time. What bounds few rows is the rate of 512 rows or a sum's reading of as many bytes: the
-last share is of the lower one. All numbers of rows and the sum take turns, nine times: shares are the medians of the
-turns'. Training's are multiplied by turns, on warm caches: the best of nine.
+So many matrices of size x size are multiplied in turns, that their weights come from memory; bf16 activations. For each
+number of rows GFLOP/s, and in brackets the share of the rate of 512 rows, the weights' bytes over the time, and the share
+of what bounds it: of a sum's reading of as many bytes (bus), or of the same product with a part of the weights that fits
+the caches (cores), whichever is lower. All numbers of rows, both ways, and the sum take turns, nine times: shares are
+the medians of the turns'. Training's are multiplied by turns, on warm caches: the best of nine.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from collections.abc import Callable
 import torch
 
 from pagoda.evaluate.bench import memory_to_read, read_bandwidth
-from pagoda.ops.formats import Arena, pack
+from pagoda.ops.cpu.record import Recording
+from pagoda.ops.formats import Arena, PackedWeight, pack
 from pagoda.ops.linear import linear, multiplies, multiply
 
 ROWS = (1, 8, 16, 32, 64, 512)
+REPEATED = 20  # products with what is in the caches
 LAYERS = {  # rows, n_in, n_out
     "nanoGPT's preset": [(768, 128, 384), (768, 128, 128), (768, 128, 512), (768, 512, 128)],
     "SmolLM2-135M": [(1024, 576, 576), (1024, 576, 192), (1024, 576, 1536), (1024, 1536, 576)],
@@ -38,11 +41,15 @@ def main() -> None:
         arena = Arena()  # as a loaded model's
         weights = [pack(torch.randn(args.size, args.size), format)._apply(arena) for _ in range(args.copies)]
         inputs = {n: torch.randn(n, args.size).bfloat16() for n in ROWS}
-        turns = [turn(weights, inputs, much) for _ in range(10)][1:]
+        some = 512  # outputs, which the caches hold; half as many still are divided between two cores, not the rows
+        parts = [pack(torch.randn(n, args.size), format)._apply(arena) for n in (some, some // 2)]
+        cached = {n: [repeated(x, part) for part in parts] for n, x in inputs.items()}
+        turns = [turn(weights, inputs, cached, args.size / some, much) for _ in range(10)][1:]
         cells = []
         for n in ROWS:
-            rate, share, gb_s, of_bound = (statistics.median(column) for column in zip(*(t[n] for t in turns)))
-            cells.append(f"{rate:.0f} ({share:.0%}, {gb_s:.0f} GB/s, {of_bound:.0%})")
+            rate, share, gb_s, of_bus, of_cores = (statistics.median(column) for column in zip(*(t[n] for t in turns)))
+            bound = f"{of_bus:.0%} of the bus" if of_bus > of_cores else f"{of_cores:.0%} of the cores"
+            cells.append(f"{rate:.0f} ({share:.0%}, {gb_s:.0f} GB/s, {bound})")
         read = statistics.median(t[0] for t in turns)
         print(f"| {format}, a sum reads {read:.0f} GB/s | " + " | ".join(cells) + " |", flush=True)
     print("\n| products of training, GFLOP/s | pagoda | PyTorch | ratio |\n|---|---|---|---|")
@@ -74,23 +81,30 @@ def once(product: Callable, a: torch.Tensor, b: torch.Tensor) -> float:
     return (time.perf_counter() - start) / 10
 
 
+def repeated(x: torch.Tensor, weight: PackedWeight) -> Recording:
+    return Recording(lambda: [linear(x, weight) for _ in range(REPEATED)][-1])
+
+
 @torch.inference_mode()
-def turn(weights: list, inputs: dict[int, torch.Tensor], much: torch.Tensor) -> dict:
-    """For each number of rows GFLOP/s, the share of 512 rows' rate, GB/s of weights and the share of what bounds it;
-    at 0 what a sum reads, in GB/s."""
-    seconds = {}
+def turn(weights: list, inputs: dict[int, torch.Tensor], cached: dict, times: float, much: torch.Tensor) -> dict:
+    """For each number of rows GFLOP/s, the share of 512 rows' rate, GB/s of weights, and the shares of what a sum would take
+    to read them and of the rate in the cache; at 0 what a sum reads, in GB/s. The cache holds one `times`-th of the outputs,
+    and to tell them from what is done for the rows alone, half of it is multiplied too."""
+    seconds, seconds_cached = {}, {}
     for n, x in inputs.items():
         start = time.perf_counter()
         for w in weights:
             linear(x, w)
         seconds[n] = (time.perf_counter() - start) / len(weights)
+        whole, half = (part.seconds(times=3)["linear"] / REPEATED for part in cached[n])
+        seconds_cached[n] = whole + 2 * (whole - half) * (times - 1)
     read = read_bandwidth(much, times=3) / 1e9
     found = {0: read}
     operations, size = 2 * weights[0].shape[0] * weights[0].shape[1], weights[0].nbytes
     for n, took in seconds.items():
-        share = n / took / (512 / seconds[512])
         gb_s = size / took / 1e9
-        found[n] = operations * n / took / 1e9, share, gb_s, max(share, gb_s / read)
+        share = n / took / (512 / seconds[512])
+        found[n] = operations * n / took / 1e9, share, gb_s, gb_s / read, seconds_cached[n] / took
     return found
 
 

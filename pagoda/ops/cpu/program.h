@@ -4,6 +4,7 @@
 // loops that begin and end, and rows so small that one thread takes them alone. So the threads stay awake from the first
 // call to the last (Team), and those that wait meanwhile fetch what their next products will read.
 #pragma once
+#include <chrono>
 #include <exception>
 #include <functional>
 
@@ -15,10 +16,18 @@ class Program {
   void append(std::function<void()> call) { calls.push_back({std::move(call), std::move(weights)}), weights.clear(); }
   void next_reads(std::vector<ptr> packed) { weights = std::move(packed); }  // by the call that is appended next
 
-  void run() {
+  // With `took` the seconds of each call are put behind what stands there.
+  void run(std::vector<double>* took = nullptr) {
+    auto before = std::chrono::steady_clock::now();
+    auto make = [&](const Call& call) {
+      call.make();
+      if (!took) return;
+      const auto after = std::chrono::steady_clock::now();
+      took->push_back(std::chrono::duration<double>(after - before).count()), before = after;
+    };
     const int threads = std::min(max_threads(), Team::MOST);
     if (threads == 1) {
-      for (const Call& call : calls) call.make();
+      for (const Call& call : calls) make(call);
       return;
     }
     if (int(spans.size()) != threads || spans[0].size() != calls.size()) plan(threads);
@@ -27,7 +36,7 @@ class Program {
     std::exception_ptr thrown;
     team.open([&] {
       try {
-        for (const Call& call : calls) call.make(), now.fetch_add(1, std::memory_order_relaxed);
+        for (const Call& call : calls) make(call), now.fetch_add(1, std::memory_order_relaxed);
       } catch (...) {
         thrown = std::current_exception();
       }

@@ -76,14 +76,16 @@ class Recording:
 
     def seconds(self, times: int = 20) -> dict[str, float]:
         """What the calls of each kernel take together: medians of so many repetitions, the longest first."""
-        took: list[list[float]] = [[] for _ in self.calls]
+        runs = []
         for _ in range(times):
-            for of_call, (kernel, args) in zip(took, self.calls):
+            took: list[float] = []
+            for part in self.parts:
                 start = time.perf_counter()
-                kernel(*args)
-                of_call.append(time.perf_counter() - start)
+                inside = part() if isinstance(part, _Operation) else part.seconds()
+                took += inside or [time.perf_counter() - start]
+            runs.append(took)
         total: Counter[str] = Counter()
-        for of_call, (kernel, _) in zip(took, self.calls):
+        for (kernel, _), *of_call in zip(self.calls, *runs):
             total[kernel.__name__] += statistics.median(of_call)
         return dict(total.most_common())
 
