@@ -150,8 +150,6 @@ def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps
     return middle, profile
 
 
-
-
 def table(rates: Rates, rounds: list[Rates], growths: list[tuple[float, Profile]], args: argparse.Namespace) -> str:
     own = rates["pagoda, the file's bits (Q4_1, head Q8_0)"]
     lines = [

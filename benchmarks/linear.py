@@ -3,11 +3,11 @@ And the products of a training step, forward, back to the input and to the weigh
 
 usage: python benchmarks/linear.py [--size 4096] [--copies 8]
 
-So many matrices of size x size are multiplied in turns, that their weights come from memory; bf16 activations. For each
-number of rows GFLOP/s, and in brackets the share of the rate of 512 rows, the weights' bytes over the time, and the share
-of what bounds it: of a sum's reading of as many bytes (bus), or of the same product with a part of the weights that fits
-the caches (cores), whichever is lower. All numbers of rows, both ways, and the sum take turns, nine times: shares are
-the medians of the turns'. Training's are multiplied by turns, on warm caches: the best of nine.
+So many matrices of size x size are multiplied in turns, that their weights come from memory; bf16 activations. For
+each number of rows GFLOP/s, and in brackets the share of the rate of 512 rows, the weights' bytes over the time, and
+the share of what bounds it: of a sum's reading of as many bytes (bus), or of the same product with a part of the
+weights that the caches hold (cores), whichever is lower. All numbers of rows, both ways, and the sum take turns, nine
+times: shares are the medians of the turns'. Training's are multiplied by turns, on warm caches: the best of nine.
 """
 
 import argparse
@@ -87,9 +87,9 @@ def repeated(x: torch.Tensor, weight: PackedWeight) -> Recording:
 
 @torch.inference_mode()
 def turn(weights: list, inputs: dict[int, torch.Tensor], cached: dict, times: float, much: torch.Tensor) -> dict:
-    """For each number of rows GFLOP/s, the share of 512 rows' rate, GB/s of weights, and the shares of what a sum would take
-    to read them and of the rate in the cache; at 0 what a sum reads, in GB/s. The cache holds one `times`-th of the outputs,
-    and to tell them from what is done for the rows alone, half of it is multiplied too."""
+    """For each number of rows GFLOP/s, the share of 512 rows' rate, GB/s of weights, and the shares of what a sum would
+    take to read them and of the rate in the cache; at 0 what a sum reads, in GB/s. The cache holds one `times`-th of
+    the outputs, and to tell them from what is done for the rows alone, half of it is multiplied too."""
     seconds, seconds_cached = {}, {}
     for n, x in inputs.items():
         start = time.perf_counter()
