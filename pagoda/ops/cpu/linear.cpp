@@ -62,6 +62,7 @@ struct Product {
   const void* add;   // (rows, n_out) or null
 };
 
+constexpr int64_t LONG = 1024;        // k of sums that are worth two integer tiles at a time, or rows in two groups
 constexpr int64_t FEW_GROUPS = 6;     // of rows: they meet few tiles at a time, which stay in L1
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
 constexpr int64_t AHEAD = 8192;       // bytes of weights that the first rows ask for in advance; but one row reads 8-bit ones
@@ -259,10 +260,11 @@ void copy_rows(const Rows& rows, int64_t first, int64_t count, int64_t n, bf16* 
 // what is AHEAD; of tiles side by side all rows together ask for the next ones.
 
 struct Evenly {
-  const char* now;
-  int64_t step;  // bytes
+  const char* now = nullptr;
+  int64_t step = 0;  // bytes
   const char* until = now;
 
+  Evenly() {}
   // What one of `passes` passes over a tile asks for in each of its steps, and `tiles` passes that are made together.
   Evenly(const char* next, int64_t bytes, int64_t pass, int64_t passes, int64_t tiles, int64_t steps)
       : now(next + bytes * pass / passes), step((bytes * tiles + passes * steps - 1) / (passes * steps)) {}
@@ -276,8 +278,8 @@ struct Evenly {
 enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
 // dot (T, N) += the products of one block of a part of T tiles with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
-// k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits. With each line that
-// is read one `later` is asked for.
+// k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits. Behind each line of
+// one tile one `later` is asked for.
 template <int BITS, int R, int T, int N>
 INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N], const uint8_t* later = nullptr) {
   vi line[T], v[T];
@@ -294,13 +296,14 @@ INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N
   UNROLL for (int j = 0; j < BITS; j++) {
     UNROLL for (int t = 0; t < T; t++) {
       line[t] = load_bits(q[t] + 64 * j);
-      if (later) __builtin_prefetch(later + 64 * (j * T + t));
       v[t] = BITS == 8 ? signed_operand(line[t]) : and_bits(line[t], 0x0f0f0f0f);
     }
     multiply(quads + j * R);
-    if (BITS == 8) continue;
-    UNROLL for (int t = 0; t < T; t++) v[t] = and_bits(shift_right<4>(line[t]), 0x0f0f0f0f);
-    multiply(quads + (4 + j) * R);
+    if (BITS == 4) {
+      UNROLL for (int t = 0; t < T; t++) v[t] = and_bits(shift_right<4>(line[t]), 0x0f0f0f0f);
+      multiply(quads + (4 + j) * R);
+    }
+    if (later) __builtin_prefetch(later + 64 * j);
   }
 }
 
@@ -360,12 +363,12 @@ void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x
         left = w.group;
       }
     }
-    UNROLL for (int t = 0; t < T; t++)
-      UNROLL for (int r = 0; r < R; r++) {
-        vf sum = acc[t][r];
-        if (SCALES == PER_ROW) sum = mul(sum, load((const float*)w.scales + std::min(tile + t, end - 1) * TILE + part * W));
-        store(sums + (t * R + r) * TILE + part * W, sum);
-      }
+    UNROLL for (int t = 0; t < T; t++) {
+      const float* by = (const float*)w.scales + std::min(tile + t, end - 1) * TILE + part * W;
+      const vf s = SCALES == PER_ROW ? load(by) : zero();
+      UNROLL for (int r = 0; r < R; r++)
+        store(sums + (t * R + r) * TILE + part * W, SCALES == PER_ROW ? mul(acc[t][r], s) : acc[t][r]);
+    }
   }
 }
 
@@ -431,7 +434,7 @@ void nf4_scales(const Weight& w, int64_t tile, float* scales) {
 const uint8_t* short_tile(const Weight& w, int64_t tile) {
   __builtin_prefetch((const uint8_t*)w.scales + (tile + 12) * TILE), __builtin_prefetch(w.starts + tile + 24);
   __builtin_prefetch(w.escapes + w.starts[tile] + 32);
-  return w.quants + (tile / 2 * 2 * w.units(8) + tile % 2) * 192;
+  return w.quants + (tile / 2 * 2 * w.units(8) + tile % 2) * ShortView::LINES * 64;
 }
 
 ShortView short_view(const Weight& w, int64_t tile, float* numbers) {
@@ -606,7 +609,8 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   const int64_t n_blocks = w.units(32), tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_residuals = count_residuals(n_blocks);
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
-  const bool by_itself = w.kind == BITS8 && task.rows.n == 1, wide = w.kind == BITS8 && !w.group && task.rows.n_groups > 1;
+  const bool by_itself = w.kind == BITS8 && task.rows.n == 1;
+  const bool wide = w.kind == BITS8 && !w.group && task.rows.n_groups > 1 && w.n_in >= LONG;
   const int64_t width = wide ? WIDE_TILES : 1;
   const int64_t chunk = wide && n_groups <= FEW_GROUPS ? width : std::max<int64_t>(1, CACHE / tile_bytes / width) * width;
   const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
@@ -620,8 +624,9 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
       const IntegerTiles multiply = integer_kernel(w, R, wide);
       const Int8Rows x = task.x.int8.group(row * n_blocks, R);
       for (int64_t tile = from; tile < to;) {
-        const Evenly ahead((const char*)w.quants + to * tile_bytes, asked, g * (to - from) + tile - from,
-                           n_groups * (to - from), width, n_blocks);
+        Evenly ahead;
+        if (wide)
+          ahead = {(const char*)w.quants + to * tile_bytes, asked, g * (to - from) + tile - from, n_groups * (to - from), width, n_blocks};
         multiply(w, tile, to, x, g == 0 && !by_itself, ahead, sums);
         float* sum = sums;
         for (const int64_t stop = std::min(to, tile + width); tile < stop; tile++, sum += R * TILE) {
@@ -657,7 +662,8 @@ void float_share(const Product& p, const Task& task, const Share& share, const t
   for (int64_t from = share.begin, to; from < share.end; from = to) {
     to = std::min(share.end, from / T * T + T);
     const int64_t asked = from_memory ? (std::min(share.end, to + T) - to) * tile_bytes : 0;
-    const int64_t distance = n_groups == 1 && View::BESIDE == T ? AHEAD : (to - from) * tile_bytes;
+    const bool one_stream = View::BESIDE == T && task.rows.n <= MAX_ROWS;  // read once, from its beginning to its end
+    const int64_t distance = one_stream ? AHEAD : (to - from) * tile_bytes;
     for (int64_t tile = from; tile < to; tile++) views[tile - from] = make_view(tile, tile - from);
     auto multiply_group = [&](int64_t g, const auto* views_of_group) {
       using V = std::decay_t<decltype(*views_of_group)>;
@@ -909,7 +915,7 @@ void multiply(const Product* products, int64_t n_products, const void* x, int64_
   if (n_rows == 0) return;
   const Weight& w = *products[0].weight;  // all have the same n_in
   // With bf16 in 12 bits two groups of rows and two tiles at a time are faster than all rows beside one.
-  const bool two = form_of(w, n_rows) == PAIR_ROWS && w.kind == BF16_SHORT;
+  const bool two = form_of(w, n_rows) == PAIR_ROWS && w.kind == BF16_SHORT && w.n_in >= LONG;
   const Rows rows(x, n_rows, w.n_in, x_stride, dtype, two ? MAX_ROWS : ALL_ROWS);
   Task task{rows, {}, w.units(64) * 64};
   bool wanted[N_FORMS] = {}, fine = false;
@@ -977,7 +983,7 @@ std::vector<Span> share_of_weights(const std::vector<ptr>& weights, int64_t me, 
     };
     if (w.kind == FLOAT32) add(w.quants, w.n_in * TILE * 4);
     if (w.kind == BF16_PAIRS) add(w.quants, w.units(2) * TILE * 4);
-    if (w.kind == BF16_SHORT) add(w.scales, TILE), add(w.quants, w.units(8) * 192);
+    if (w.kind == BF16_SHORT) add(w.scales, TILE), add(w.quants, w.units(8) * ShortView::LINES * 64);
     if (w.kind == NF4) add(w.quants, w.units(64) * TILE * 32), add(w.scales, w.units(64) * TILE);
     if (w.kind == BITS4 || w.kind == BITS8) {
       add(w.scales, w.group ? w.groups() * TILE * 2 : TILE * 4);
