@@ -129,8 +129,7 @@ def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps
                 engine.step()
             seconds.append(engine.timing.decode_seconds - before)
         ratios.append(seconds[1] / seconds[0])
-    contexts = [n + 16 + turns * steps // 2 for n in (short, long)]
-    read = [decode_bytes(model, torch.bfloat16, n, 1) for n in contexts]
+    read = [decode_bytes(model, torch.bfloat16, n + 16 + turns * steps // 2, 1) for n in (short, long)]
     low, middle, high = (q * read[0] / read[1] for q in statistics.quantiles(ratios))
     print(f"{middle:9.2f}  {long} against {short} tokens (quarters at {low:.2f} and {high:.2f})", file=sys.stderr)
 
@@ -142,11 +141,12 @@ def growth(gguf: str, short: int = 512, long: int = 8000, turns: int = 40, steps
             runs += [recording.seconds(times=1) for _ in range(steps)]
         sums.append(read_bandwidth(much, times=1) / 1e9)
     profile = {"a sum, GB/s": statistics.median(sums)}
-    for n, runs, size in zip((short, long), took, read):
+    for n, runs in zip((short, long), took):
+        cache = decode_bytes(model, torch.bfloat16, n + 16 + turns * steps, 1) - weights
         products = statistics.median(run["linear"] + run["linear_many"] for run in runs)
         attention = statistics.median(run["attention"] for run in runs)
         rest = statistics.median(sum(run.values()) for run in runs) - products - attention
-        profile[f"{n:,} tokens"] = (products, weights, attention, size - weights, rest)
+        profile[f"{n:,} tokens"] = (products, weights, attention, cache, rest)
     return middle, profile
 
 
