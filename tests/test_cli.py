@@ -7,10 +7,14 @@ import sys
 
 import pytest
 import tiny
+import torch
 
 from pagoda import Sampling, cli
 from pagoda.cli import COMMANDS, main
+from pagoda.evaluate.bench import bench
+from pagoda.models.loader import load
 from pagoda.ops import cpu
+from pagoda.ops.cpu.record import Recording
 
 
 @pytest.mark.parametrize("args", [["--help"], *([*name.split(), "--help"] for name in COMMANDS)])
@@ -183,3 +187,15 @@ def test_bench_counts_the_bytes_and_the_time_of_a_step(tmp_path, capsys):
     if cpu.kernels is not None:
         assert {"attention", "linear", "rms_norm"} <= set(speed["decode_step_ms"])
         assert min(speed["decode_step_ms"].values()) > 0
+
+
+def test_bench_times_the_step_of_all_sequences(tmp_path, monkeypatch):
+    """More prompts than one step reads: some sequences end before the others, with recordings of their own."""
+    if cpu.kernels is None:
+        pytest.skip("no kernels")
+    timed = []
+    seconds = Recording.seconds
+    monkeypatch.setattr(Recording, "seconds", lambda self: timed.append(self.output.shape[0]) or seconds(self))
+    tiny.saved("llama", tmp_path)
+    bench(load(tmp_path), torch.float32, prompt_tokens=40, new_tokens=8, batch=60, repeats=1)
+    assert timed == [60]

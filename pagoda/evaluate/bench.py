@@ -21,6 +21,7 @@ from pagoda.common import PagodaError, use_huge_pages
 from pagoda.engine.engine import Engine, Timing, step_tokens
 from pagoda.engine.options import EngineOptions, Sampling
 from pagoda.engine.request import Request
+from pagoda.engine.runner import recorded_rows
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import weights_of
 from pagoda.ops import cpu
@@ -68,8 +69,9 @@ def bench(
         engine.run([Request(p, greedy) for p in prompts], lambda *_: None)
         runs.append(engine.timing)
         reads.append(read_bandwidth(much))  # now: a virtual machine's may be another one in a second
-    recordings = [d.recording for d in engine.runner.decoders.values() if isinstance(d.recording, Recording)]
-    step = recordings[-1].seconds() if recordings and recordings[-1].complete else {}
+    decoder = engine.runner.decoders.get(recorded_rows(batch))  # of all sequences; some end before the others
+    recording = decoder.recording if decoder else None
+    step = recording.seconds() if isinstance(recording, Recording) and recording.complete else {}
     gemm = gemm_rate(product_type(model), model.device)
     moved = decode_bytes(model, kv_dtype, prompt_tokens + new_tokens // 2, batch)
     flops = model.flops_per_token(prompt_tokens)
