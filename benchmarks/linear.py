@@ -18,12 +18,14 @@ from collections.abc import Callable
 import torch
 
 from pagoda.evaluate.bench import memory_to_read, read_bandwidth
+from pagoda.ops import cpu
 from pagoda.ops.cpu.record import Recording
 from pagoda.ops.formats import Arena, PackedWeight, pack
 from pagoda.ops.linear import linear, multiplies, multiply
 
 ROWS = (1, 8, 16, 32, 64, 512)
-REPEATED = 20  # products with what is in the caches
+CACHED = 512  # outputs, which the caches hold; half as many are still divided between two cores by outputs
+REPEATED = 20  # products with them
 LAYERS = {  # rows, n_in, n_out
     "nanoGPT's preset": [(768, 128, 384), (768, 128, 128), (768, 128, 512), (768, 512, 128)],
     "SmolLM2-135M": [(1024, 576, 576), (1024, 576, 192), (1024, 576, 1536), (1024, 1536, 576)],
@@ -35,16 +37,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--copies", type=int, default=8)
     args = parser.parse_args()
+    if cpu.kernels is None:
+        parser.error("there are no kernels to measure: `pagoda env` says why")
     print("| format | " + " | ".join(f"{n} rows" for n in ROWS) + " |\n|" + "---|" * (len(ROWS) + 1))
     much = memory_to_read(torch.device("cpu"))
     for format in ("int8", "int4", "nf4", "bf16"):
         arena = Arena()  # as a loaded model's
         weights = [pack(torch.randn(args.size, args.size), format)._apply(arena) for _ in range(args.copies)]
         inputs = {n: torch.randn(n, args.size).bfloat16() for n in ROWS}
-        some = 512  # outputs, which the caches hold; half as many still are divided between two cores, not the rows
-        parts = [pack(torch.randn(n, args.size), format)._apply(arena) for n in (some, some // 2)]
+        parts = [pack(torch.randn(n, args.size), format)._apply(arena) for n in (CACHED, CACHED // 2)]
         cached = {n: [repeated(x, part) for part in parts] for n, x in inputs.items()}
-        turns = [turn(weights, inputs, cached, args.size / some, much) for _ in range(10)][1:]
+        turns = [turn(weights, inputs, cached, args.size / CACHED, much) for _ in range(10)][1:]
         cells = []
         for n in ROWS:
             rate, share, gb_s, of_bus, of_cores = (statistics.median(column) for column in zip(*(t[n] for t in turns)))
