@@ -4,11 +4,11 @@
 // sequence by its number of queries alone:
 //
 // decode (at most DECODE_QUERIES queries). Bound: memory, n_keys x 2 x head_size x the cache element's size per key
-//   head. The keys are cut at multiples of CHUNK positions. A thread takes (sequence, chunk, key head) items, reads
-//   each key and value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row.
-//   Those of SPAN chunks are merged in their order, then those of the spans; a thread that has all chunks of a span
-//   merges them as it goes, while they are in its cache. Keys and values of bf16 are multiplied in pairs where the CPU
-//   does that, queries and weights rounded to bf16; otherwise in float32.
+//   head. The keys are cut into spans, short ones first, so that few keys keep several threads busy, and then of up to
+//   SPAN, so that little is done that is not reading. A thread takes (sequence, span, key head) items, reads each key and
+//   then each value once for all query heads of the group, and leaves a maximum, a sum and a weighted
+//   value per row, which are merged in the order of the spans. Keys and values of bf16 are multiplied in pairs where the
+//   CPU does that, queries and weights rounded to bf16; otherwise in float32.
 // prefill (more queries). Bound: multiplications, 4 x head_size per query head and visible key. A thread takes
 //   (sequence, key head, tile of queries) items and goes through tiles of KEYS keys: the keys are packed transposed, the
 //   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
@@ -16,7 +16,7 @@
 //   bf16, as PyTorch's own flash attention does). A strip of queries meets only those keys of a tile that its last
 //   query sees, in steps of a strip; tiles that no query of the item sees are skipped.
 //
-// Chunks and tiles stand at fixed key positions and masked keys weigh exactly 0, so the bits of a row's result depend on
+// Spans, chunks and tiles stand at fixed key positions and masked keys weigh exactly 0, so the bits of a row's result depend on
 // nothing else in the batch and not on the number of threads. Between decode and prefill the last bits differ.
 #include "attention.h"
 #include "kernels.h"
@@ -27,37 +27,83 @@
 
 namespace {
 
-constexpr int64_t DECODE_QUERIES = 8, CHUNK = 64, SPAN = 8;
+constexpr int64_t DECODE_QUERIES = 8, CHUNK = 16, SPAN = 512, SHORTEST_SPAN = 64;
+constexpr int64_t ROW = SPAN + 16;  // from one row of scores to the next; powers of 2 would share few places in a cache
 constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
 constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
 
 // ---------------------------------------------------------------------------------------------------------- decode
 
-// Where consecutive keys or values stand. Behind the last there are 3 more of it, so that one can always take 4 at once.
-template <class T> struct Rows {
-  const T* of[CHUNK + 3];
+// Keys from .. to - 1 of a sequence. Their result is for each key head and row `padded` floats, behind those of a block of
+// rows their maximums and sums.
+struct Span {
+  int64_t sequence, from, to;
+  int64_t before;   // how many keys the spans before it have
+  int64_t q;        // where in the scratch memory the sequence's query heads (n_kv_head, n_q * group, padded) begin, as
+                    // load_pair reads keys, or bf16,
+  int64_t results;  // and the results
 
-  void find(ptr base, int64_t stride, const int64_t* at, int64_t n) {
-    for (int64_t j = 0; j < n; j++) of[j] = (const T*)base + at[j] * stride;
-    std::fill(of + n, of + n + 3, n ? of[n - 1] : nullptr);
+  // Where the span ends that holds this position: of at most half of what stands before it.
+  static int64_t end(int64_t position) {
+    int64_t size = SHORTEST_SPAN;
+    while (size < SPAN && position >= 4 * size) size *= 2;
+    return (position / size + 1) * size;
   }
-  // Reads `bytes` of each of n rows, in the order of memory: nothing has been asked for yet, and so it comes fastest.
-  void touch(int64_t n, int64_t offset, int64_t bytes) const {
-    for (int64_t j = 0; j < n; j++)
-      for (int64_t b = 0; b < bytes; b += 64) (void)*((const volatile char*)(of[j] + offset) + b);
+  int64_t start() const { return from / CHUNK * CHUNK; }  // the position of the first score
+};
+
+// Key heads first .. last - 1 of a span, a thread's work.
+struct Item {
+  const Span* span;
+  int64_t first, last;
+};
+
+// Keys or values from .. to - 1 of an item, where they stand at equal distances.
+template <class T> struct Run {
+  const T* at;
+  int64_t from, to, stride;  // elements from one to the next
+  int64_t bytes;             // of each, of the item's heads
+
+  INLINE const T* operator[](int64_t position) const { return at + (position - from) * stride; }
+};
+
+// A thread's way: the keys of an item, its values, the keys of the next.
+template <class T> class Walk {
+ public:
+  Walk() {}
+  Walk(const Problem& p, const Item* item, const Item* end) : p(&p), item(item), end(end), position(item->span->from) {}
+
+  Run<T> next() {  // behind the end an empty one
+    if (item == end) return {};
+    const auto [span, first, last] = *item;
+    const int64_t from = position, stride = values ? p->v_stride : p->k_stride;
+    const auto [row, run] = Sequence(*p, span->sequence).locate(from, span->to);
+    position = from + run;
+    const T* at = (const T*)(values ? p->v : p->k) + row * stride + first * p->head_size;
+    if (position == span->to) {
+      item += values, values = !values;
+      if (item != end) position = item->span->from;
+    }
+    return {at, from, from + run, stride, (last - first) * p->head_size * int64_t(sizeof(T))};
   }
+
+ private:
+  const Problem* p = nullptr;
+  const Item *item = nullptr, *end = nullptr;
+  int64_t position = 0;
+  bool values = false;
 };
 
 // What a thread will need next, in the order in which it lies in memory: that decides, by a factor of two, how fast it
 // comes. One line is asked for wherever one is read: what is asked for in bursts, of 4 even, the CPU forgets or has to wait for.
-template <class T> struct Ahead {
-  struct Part {  // the same heads of n rows
-    const Rows<T>* rows;
-    int64_t n, first, bytes;  // from where on, and how much, of a row
-  };
-
+// NEAR: into the first cache alone, where all that is under way fits there.
+template <class T, bool NEAR> class Ahead {
+ public:
+  // From the beginning of the way on, `distance` bytes before they are read. The first ones come fastest if they are just read.
   Ahead() {}
-  Ahead(Part first, Part second, bool near) : parts{first, second}, near(near), more(-1) {}
+  Ahead(const Walk<T>& walk, int64_t distance) : walk(walk), more(-1) {
+    for (int64_t i = 0; i < distance; i += 64) (void)*(const volatile char*)take(64);
+  }
 
   // The next n bytes, whose lines the caller is to ask for.
   INLINE const char* take(int64_t n) {
@@ -66,7 +112,7 @@ template <class T> struct Ahead {
     return now <= until ? now - n : scattered(n);
   }
   INLINE void ask(const char* line) const {
-    if (near) __builtin_prefetch(line, 0, 0);
+    if (NEAR) __builtin_prefetch(line, 0, 0);
     else __builtin_prefetch(line);
     asm volatile("");  // here: the compiler would gather several
   }
@@ -89,19 +135,21 @@ template <class T> struct Ahead {
     return (const char*)this;
   }
   bool follow() {
-    while (part < 2 && row == parts[part].n) part++, row = 0;
-    if (part == 2) return false;
-    const Part& p = parts[part];
-    now = (const char*)p.rows->of[row++] + p.first, until = now + p.bytes;
-    for (; row < p.n && (const char*)p.rows->of[row] + p.first == until; row++) until += p.bytes;
+    if (pieces == 0) {
+      const Run<T> run = walk.next();
+      pieces = run.to - run.from, bytes = run.bytes, stride = run.stride * sizeof(T);
+      if (pieces == 0) return false;
+      if (bytes == stride) bytes *= pieces, pieces = 1;
+      piece = (const char*)run.at - stride;
+    }
+    pieces--, now = piece += stride, until = now + bytes;
     return true;
   }
 
-  Part parts[2] = {};
-  bool near = false;  // into the first cache alone: all of it fits there
+  Walk<T> walk;
   int64_t more = 0;  // all bits, or none behind the end
-  int64_t part = 0, row = 0;
-  const char *now = (const char*)this, *until = now;  // rows that follow each other
+  int64_t pieces = 0, bytes = 0, stride = 0;                            // of the run those that follow
+  const char *piece = nullptr, *now = (const char*)this, *until = now;  // the last one, what of it was not taken yet, its end
 };
 
 // Some rows of some heads: row r of head h stands at h * by_head + r * by_row elements of `of`.
@@ -112,12 +160,13 @@ template <class F> struct Block {
   INLINE F* operator()(int64_t head, int64_t row) const { return of + head * by_head + row * by_row; }
 };
 
-// x[r][j] = q[r] . key j of each of some heads, for R rows and n keys (rounded up to fours). The first head begins at `offset` in
-// each key. 4 keys meet all heads, and so they are read in the order of memory. q is laid out as load_pair reads the keys.
-template <class T, int R>
-void decode_scores(const T* const* keys, int64_t offset, int64_t heads, int64_t head_size, int64_t n, Block<const float> q,
-                   Block<float> x, Ahead<T>& ahead) {
-  for (int64_t j = 0; j < n; j += 4)
+// x[r][j] = q[r] . key j of each of some heads, for R rows and the keys of a run (rounded up to fours, by the last one). 4 keys meet
+// all heads, and so they are read in the order of memory. q is laid out as load_pair reads the keys.
+template <class T, int R, class A>
+void decode_scores(const Run<T>& keys, int64_t heads, int64_t head_size, Block<const float> q, Block<float> x, A& ahead) {
+  for (int64_t j = keys.from; j < keys.to; j += 4) {
+    const T* key_at[4];
+    for (int t = 0; t < 4; t++) key_at[t] = keys[std::min(j + t, keys.to - 1)];
     for (int64_t head = 0; head < heads; head++) {
       vf acc[R][4];
       for (auto& row : acc)
@@ -134,23 +183,25 @@ void decode_scores(const T* const* keys, int64_t offset, int64_t heads, int64_t 
           ahead.ask(later, t * BYTES, (t + 1) * BYTES);
         }
       };
-      const int64_t at = offset + head * head_size;
+      const int64_t at = head * head_size;
       int64_t d = 0;
-      for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return keys[j + t] + at + d; });
+      for (; d + 2 * W <= head_size; d += 2 * W) step(d, [&](int t) { return key_at[t] + at + d; });
       if (d < head_size) {
         T tail[4][2 * W] = {};
-        for (int t = 0; t < 4; t++) memcpy(tail[t], keys[j + t] + at + d, (head_size - d) * sizeof(T));
+        for (int t = 0; t < 4; t++) memcpy(tail[t], key_at[t] + at + d, (head_size - d) * sizeof(T));
         step(d, [&](int t) { return (const T*)tail[t]; });
       }
-      UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x(head, r) + j);
+      UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x(head, r) + j - keys.from);
     }
+  }
 }
 
 // The same with queries and keys in pairs of bf16: one instruction multiplies 2 W elements.
-template <int R>
-void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t heads, int64_t head_size, int64_t n,
-                            Block<const float> q, Block<float> x, Ahead<bf16>& ahead) {
-  for (int64_t j = 0; j < n; j += 4)
+template <int R, class A>
+void decode_scores_in_pairs(const Run<bf16>& keys, int64_t heads, int64_t head_size, Block<const float> q, Block<float> x, A& ahead) {
+  for (int64_t j = keys.from; j < keys.to; j += 4) {
+    const bf16* key_at[4];
+    for (int t = 0; t < 4; t++) key_at[t] = keys[std::min(j + t, keys.to - 1)];
     for (int64_t head = 0; head < heads; head++) {
       vf acc[R][4];
       for (auto& row : acc)
@@ -160,34 +211,34 @@ void decode_scores_in_pairs(const bf16* const* keys, int64_t offset, int64_t hea
         vi query[R];
         UNROLL for (int r = 0; r < R; r++) query[r] = load_bits((const bf16*)q(head, r) + d);
         UNROLL for (int t = 0; t < 4; t++, later += 4 * W) {
-          const vi key = load_bits(keys[j + t] + offset + head * head_size + d);
+          const vi key = load_bits(key_at[t] + head * head_size + d);
           UNROLL for (int r = 0; r < R; r++) acc[r][t] = dot_bf16(acc[r][t], query[r], key);
           ahead.ask(later);
         }
       }
-      UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x(head, r) + j);
+      UNROLL for (int r = 0; r < R; r++) sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3], x(head, r) + j - keys.from);
     }
+  }
 }
 
-// o[r] = sum over j of x[r][j] * value j, for P load_pairs of elements from `offset` on; of the last pair `length` exist.
-// weigh(j) comes before the weights from j on are read.
-template <class T, int R, int P, class Weigh>
-INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t n, const float* x, float* o, int64_t padded,
-                                int64_t length, Ahead<T>& ahead, Weigh weigh) {
+// o[r] += sum of weights[r * ROW + j] * value j over n values of a head, `stride` apart, for P load_pairs of elements; of the
+// last pair `length` exist.
+template <class T, int R, int P, class A>
+INLINE void decode_values_block(const T* value_at, int64_t stride, int64_t n, const float* weights, float* o, int64_t padded,
+                                int64_t length, A& ahead) {
   vf acc[R][2 * P];
-  for (auto& row : acc)
-    for (vf& a : row) a = zero();
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * P; i++) acc[r][i] = load(o + r * padded + i * W);
   T tail[2 * W] = {};
-  for (int64_t j = 0; j < n; j++) {
-    weigh(j);
+  for (int64_t j = 0; j < n; j++, value_at += stride, weights++) {
     constexpr int64_t BYTES = P * 2 * W * sizeof(T);
     ahead.ask(ahead.take(BYTES), 0, BYTES);
-    const T* row = values[j] + offset;
+    const T* row = value_at;
     if (P == 1 && length < 2 * W) row = (const T*)memcpy(tail, row, length * sizeof(T));
     vf value[2 * P];
     for (int i = 0; i < P; i++) load_pair(row + 2 * W * i, value[2 * i], value[2 * i + 1]);
     for (int r = 0; r < R; r++) {
-      vf weight = set1(x[r * CHUNK + j]);
+      vf weight = set1(weights[r * ROW]);
       for (int i = 0; i < 2 * P; i++) acc[r][i] = fma(weight, value[i], acc[r][i]);
     }
   }
@@ -195,37 +246,36 @@ INLINE void decode_values_block(const T* const* values, int64_t offset, int64_t 
     for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
 }
 
-// The same with weights and values in pairs of bf16, P of whole vectors. x[r] holds the weights of the chunk's positions 0,
-// 1, 2 ..., where the keys stand from `skipped` on: a pair is the same one in every step. Elements come in zip's order.
-template <int R, int P, class Weigh>
-INLINE void decode_values_block_in_pairs(const bf16* const* values, int64_t offset, int64_t skipped, int64_t n, const float* x,
-                                         float* o, int64_t padded, Ahead<bf16>& ahead, Weigh weigh) {
+// The same with weights and values in pairs of bf16, P of whole vectors. A pair begins at an even position, so that it is the
+// same one whatever the run is: `odd` is whether the first value's is not. Elements come in zip's order.
+template <int R, int P, class A>
+INLINE void decode_values_block_in_pairs(const bf16* value_at, int64_t stride, int64_t n, bool odd, const float* weights, float* o,
+                                         int64_t padded, A& ahead) {
   vf acc[R][2 * P];
-  for (auto& row : acc)
-    for (vf& a : row) a = zero();
-  auto step = [&](int64_t position, const bf16* first, const bf16* second) INLINE_LAMBDA {
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * P; i++) acc[r][i] = load(o + r * padded + i * W);
+  static const bf16 NOTHING[2 * W * P] = {};  // stands in for a pair's other half
+  const bf16* first = odd ? NOTHING : value_at;
+  for (int64_t j = -int64_t(odd); j < n; j += 2, weights++) {
     const char* later = ahead.take(2 * P * 4 * W);
+    const bf16* second = j + 1 == n ? NOTHING : value_at + (j + 1) * stride;
     vi value[2 * P];
     for (int i = 0; i < P; i++) zip(load_bits(first + 2 * W * i), load_bits(second + 2 * W * i), value[2 * i], value[2 * i + 1]);
-    for (int r = 0; r < R; r++) {
-      const vi weight = set1_bits(bits_of(x[r * CHUNK + position / 2]));
-      for (int i = 0; i < 2 * P; i++) {
+    UNROLL for (int r = 0; r < R; r++) {
+      const vi weight = set1_bits(bits_of(weights[r * ROW]));
+      UNROLL for (int i = 0; i < 2 * P; i++) {
         acc[r][i] = dot_bf16(acc[r][i], weight, value[i]);
         if ((r * 2 * P + i) % R == 0) ahead.ask(later), later += 4 * W;
       }
     }
-  };
-  static const bf16 NOTHING[2 * W * P] = {};  // stands in for a pair's other half
-  int64_t j = 0;
-  if (skipped % 2 && n) step(skipped - 1, NOTHING, values[j++] + offset);
-  for (; j + 1 < n; j += 2) weigh(j), step(skipped + j, values[j] + offset, values[j + 1] + offset);
-  if (j < n) step(skipped + j, values[j] + offset, NOTHING);
+    first = second + stride;
+  }
   for (int r = 0; r < R; r++)
     for (int i = 0; i < 2 * P; i++) store(o + r * padded + i * W, acc[r][i]);
 }
 
 // block(P, d, length) for all elements of a head, as many as the registers hold.
-template <class Block> void decode_values(int64_t size, Block block) {
+template <class Block> INLINE void decode_values(int64_t size, Block block) {
   constexpr int P = W == 16 ? 2 : 1;
   int64_t d = 0;
   for (; d + 2 * W * P <= size; d += 2 * W * P) block(std::integral_constant<int, P>(), d, 2 * W);
@@ -233,38 +283,19 @@ template <class Block> void decode_values(int64_t size, Block block) {
 }
 
 // The largest of the products of R rows with n keys (a multiple of W), scaled as by `score`.
-template <int R> INLINE void find_largest(const float* x, int64_t n, float scale, float* tail) {
+template <int R> INLINE void decode_largest(const float* x, int64_t n, float scale, float* tail) {
   vf largest[R];
   UNROLL for (int r = 0; r < R; r++) largest[r] = set1(-INF);
   for (int64_t i = 0; i < n; i += W)
-    UNROLL for (int r = 0; r < R; r++) largest[r] = max(mul(load(x + r * CHUNK + i), set1(scale)), largest[r]);
+    UNROLL for (int r = 0; r < R; r++) largest[r] = max(mul(load(x + r * ROW + i), set1(scale)), largest[r]);
   UNROLL for (int r = 0; r < R; r++) tail[2 * r] = reduce_max(largest[r]);
 }
 
-// At most SPAN chunks of a sequence. A result of one, or of several, is for each key head and row `padded` floats, behind
-// those of a block of rows their maximums and sums.
-struct Span {
-  int64_t sequence, chunk, n;
-  int64_t q;        // where in the scratch memory the sequence's query heads (n_kv_head, n_q * group, padded) begin, as
-                    // load_pair reads keys, or bf16
-  int64_t results;  // and the results of its chunks,
-  int64_t stride;   // so far apart
-  bool merged;      // the first of them is the span's
-};
-
-// The keys and values of a chunk.
-template <class T> struct Chunk {
-  int64_t skipped, n, at[CHUNK];  // the chunk's first keys may be outside all windows
-  Rows<T> keys, values;
-
-  void find(const Problem& p, int64_t sequence, int64_t chunk) {
-    const Sequence s(p, sequence);
-    const int64_t start = chunk * CHUNK, from = std::max(start, s.low(0));
-    skipped = from - start, n = std::min(start + CHUNK, s.high(s.n_q - 1)) - from;
-    s.locate(from, from + n, at);
-    keys.find(p.k, p.k_stride, at, n), values.find(p.v, p.v_stride, at, n);
-  }
-};
+// At least `size` floats from the beginning of a cache line on: vectors that lie in two lines are read twice.
+float* aligned(std::vector<float>& memory, size_t size) {
+  if (memory.size() < size + 15) memory.resize(size + 15);
+  return (float*)((uintptr_t(memory.data()) + 63) / 64 * 64);
+}
 
 // Whether what is multiplied meets as pairs of bf16 in one instruction, where keys and values are bf16; queries and the
 // weights of the softmax are rounded to it. Otherwise everything is multiplied in float32.
@@ -277,91 +308,137 @@ template <class T> bool in_pairs(int64_t products) {
   return std::is_same_v<T, bf16> && (products == 2 || (products == 1 && native));
 }
 
-// One chunk, from position `start` on, against all rows (queries x group) of key heads first .. last - 1. Meanwhile what is
-// ahead is asked for: the chunk's values while keys are read, the next keys while values are.
-template <class T>
-void decode_chunk(const Problem& p, const Sequence& s, const Chunk<T>& chunk, int64_t start, int64_t first, int64_t last, bool pairs,
-                  const float* queries, float* results, Ahead<T> ahead) {
-  const int64_t group = p.group(), padded = p.padded(), rows = s.n_q * group, size = p.head_size;
-  const int64_t n = chunk.n, skipped = chunk.skipped, whole = (skipped + n + W - 1) / W * W, *at = chunk.at;
-  const bool plain = !p.softcap && !p.alibi && s.low(s.n_q - 1) <= start && s.high(0) >= start + whole;
-  // (heads, rows, CHUNK), behind them 3 that the last 4 scores may reach; scales of keys and of values (2, heads, CHUNK)
-  static thread_local std::vector<float> memory;
-  const int64_t heads = last - first;
-  memory.resize(heads * (rows + 2) * CHUNK + 3);
-  float *scores = memory.data(), *k_scales = scores + heads * rows * CHUNK + 3, *v_scales = k_scales + heads * CHUNK;
-  if (p.k_scale) {
-    std::fill(k_scales, v_scales + heads * CHUNK, 0.0f);
+// An item with all its rows (queries x group): first its keys, then maximums, then its values.
+template <class T, class A> class Decode {
+ public:
+  Decode(const Problem& p, const Item& item, bool pairs, float* scratch)
+      : p(p), span(*item.span), s(p, span.sequence), first(item.first), heads(item.last - first), rows(s.n_q * p.group()),
+        padded(p.padded()), skipped(span.from - span.start()), n(span.to - span.from),
+        whole((skipped + n + CHUNK - 1) / CHUNK * CHUNK), pairs(pairs),
+        plain(p.scale > 0 && !p.softcap && !p.alibi && s.low(s.n_q - 1) <= span.from && s.high(0) >= span.to),
+        queries(scratch + span.q + first * rows * padded), shared(scratch + span.results + first * rows * (padded + 2)) {
+    static thread_local std::vector<float> memory;
+    const size_t size = heads * (rows * (ROW + W + padded + 2) + 2 * ROW);
+    scores = aligned(memory, size), k_scales = scores + heads * rows * ROW, v_scales = k_scales + heads * ROW;
+    totals = v_scales + heads * ROW, results = totals + heads * rows * W;
+    std::fill(totals, scores + size, 0.0f);
+    if (!p.k_scale) return;
+    int64_t at[SPAN];
+    s.locate(span.from, span.to, at);
+    std::fill(k_scales, v_scales + heads * ROW, 0.0f);
     for (int64_t j = 0; j < n; j++)
       for (int64_t head = 0; head < heads; head++) {
-        const int64_t from = at[j] * p.n_kv_head + first + head, to = head * CHUNK + skipped + j;
+        const int64_t from = at[j] * p.n_kv_head + first + head, to = head * ROW + skipped + j;
         k_scales[to] = p.k_scale[from], v_scales[to] = p.v_scale[from];
       }
   }
-  Ahead<T> nothing;
-  auto for_each_block = [&](auto f) {  // of rows, as many as the registers hold
-    for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
-      with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) { f(R, r0, r0 ? nothing : ahead); });
-  };
 
-  for_each_block([&](auto R, int64_t r0, Ahead<T>& ahead) {
-    const Block<const float> q{queries + (first * rows + r0) * padded, rows * padded, padded};
-    const Block<float> x{scores + r0 * CHUNK + skipped, rows * CHUNK, CHUNK};
-    if constexpr (std::is_same_v<T, bf16>)
-      if (pairs) return decode_scores_in_pairs<R>(chunk.keys.of, first * size, heads, size, n, q, x, ahead);
-    decode_scores<T, R>(chunk.keys.of, first * size, heads, size, n, q, x, ahead);
-  });
-  for (int64_t head = first; head < last; head++) {
-    for_each_block([&](auto R, int64_t r0, Ahead<T>& ahead) {
-      float* x = scores + ((head - first) * rows + r0) * CHUNK;
-      float* result = results + (head * rows + r0) * (padded + 2);
-      float* tail = result + R * padded;
-      auto multiply = [&](const float* scales) {  // of the keys or values
-        for (int r = 0; p.k_scale && r < R; r++)
-          for (int64_t j = 0; j < whole; j += W)
-            store(x + r * CHUNK + j, mul(load(x + r * CHUNK + j), load(scales + (head - first) * CHUNK + j)));
-      };
-      multiply(k_scales);
-      vf total[R];
-      if (plain) {
-        find_largest<R>(x, n, p.scale, tail);
-        for (vf& t : total) t = zero();
-      } else {
-        for (int r = 0; r < R; r++) {
-          float* row = x + r * CHUNK;
-          std::fill(row, row + skipped, 0.0f);  // these and those behind the last key are hidden by `score`
-          std::fill(row + skipped + n, row + whole, 0.0f);
-          tail[2 * r] = score(s, row, whole, start, (r0 + r) / group, head * group + (r0 + r) % group, -INF);
-          tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
-        }
-        multiply(v_scales);
-        for (int r = 0; pairs && r < R; r++)
-          for (int64_t j = 0; j < whole; j += W) store((bf16*)(x + r * CHUNK) + j, load(x + r * CHUNK + j));
-      }
-      bool fresh;
-      // By the steps of `score` and `weigh`, W weights of each row: all at once would be a time in which nothing is read.
-      auto weigh_some = [&](int64_t j) INLINE_LAMBDA {
-        if (j % W || !fresh) return;
-        for (int r = 0; r < R; r++) {
-          float* row = x + r * CHUNK;
-          const vf largest = set1(tail[2 * r] == -INF ? 0 : tail[2 * r]);
-          const vf a = exp(sub(mul(load(row + j), set1(p.scale)), largest));
-          total[r] = add(total[r], a);
-          if (pairs) store((bf16*)row + j, a);
-          else store(row + j, p.v_scale ? mul(a, load(v_scales + (head - first) * CHUNK + j)) : a);
-        }
-      };
-      decode_values(size, [&](auto P, int64_t d, int64_t length) INLINE_LAMBDA {
-        const int64_t offset = head * size + d;
-        fresh = plain && d == 0;
-        if constexpr (std::is_same_v<T, bf16>)
-          if (pairs) return decode_values_block_in_pairs<R, P>(chunk.values.of, offset, skipped, n, x, result + d, padded, ahead, weigh_some);
-        decode_values_block<T, R, P>(chunk.values.of, offset, n, x + skipped, result + d, padded, length, ahead, weigh_some);
-      });
-      for (int r = 0; plain && r < R; r++) tail[2 * r + 1] = reduce_add(total[r]);
+  void meet_keys(const Run<T>& keys, A& ahead) {
+    for_each_block([&](auto R, int64_t r0) {
+      A& of_block = r0 ? nothing : ahead;
+      const Block<const float> q{queries + r0 * padded, rows * padded, padded};
+      const Block<float> x{scores + r0 * ROW + keys.from - span.start(), rows * ROW, ROW};
+      if constexpr (std::is_same_v<T, bf16>)
+        if (pairs) return decode_scores_in_pairs<R>(keys, heads, p.head_size, q, x, of_block);
+      decode_scores<T, R>(keys, heads, p.head_size, q, x, of_block);
     });
   }
-}
+
+  // Behind all keys. The largest scores; the weights themselves come where their values do, if they come by nothing but
+  // `weigh`: all at once would be a time in which nothing is read.
+  void find_largest() {
+    for (int64_t head = 0; head < heads; head++)
+      for_each_block([&](auto R, int64_t r0) {
+        float *x = scores_of(head, r0), *tail = result_of(head, r0) + R * padded;
+        multiply(x, R, k_scales, head);
+        for (int r = 0; r < R; r++) {
+          float* row = x + r * ROW;
+          std::fill(row, row + skipped, plain ? -INF : 0);  // where no keys are; `score` hides those places itself
+          std::fill(row + skipped + n, row + whole, plain ? -INF : 0);
+          if (plain) continue;
+          const int64_t query = (r0 + r) / p.group(), in_group = (r0 + r) % p.group();
+          tail[2 * r] = score(s, row, whole, span.start(), query, (first + head) * p.group() + in_group, -INF);
+          tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
+        }
+        if (plain) return decode_largest<R>(x, whole, p.scale, tail);
+        multiply(x, R, v_scales, head);
+        for (int r = 0; pairs && r < R; r++)
+          for (int64_t i = 0; i < whole; i += W) store((bf16*)(x + r * ROW) + i, load(x + r * ROW + i));
+      });
+  }
+
+  // CHUNK values at a time, which all heads meet, so that they are read nearly in the order of memory.
+  void meet_values(const Run<T>& values, A& ahead) {
+    auto each_chunk = [&](auto f) INLINE_LAMBDA {
+      for (int64_t from = values.from, to; from < values.to; from = to) {
+        to = std::min((from / CHUNK + 1) * CHUNK, values.to);
+        for (int64_t head = 0; head < heads; head++) f(from, to, head);
+      }
+    };
+    if (rows <= DECODE_ROWS)
+      with_count<DECODE_ROWS>(rows, [&](auto R) {
+        each_chunk([&](int64_t from, int64_t to, int64_t head) INLINE_LAMBDA { meet_chunk<R>(values, from, to, head, 0, ahead); });
+      });
+    else
+      each_chunk([&](int64_t from, int64_t to, int64_t head) {
+        for_each_block([&](auto R, int64_t r0) { meet_chunk<R>(values, from, to, head, r0, r0 ? nothing : ahead); });
+      });
+  }
+
+  void finish() {
+    for (int64_t head = 0; plain && head < heads; head++)
+      for_each_block([&](auto R, int64_t r0) {
+        for (int r = 0; r < R; r++) result_of(head, r0)[R * padded + 2 * r + 1] = reduce_add(load(total_of(head, r0 + r)));
+      });
+    std::copy_n(results, heads * rows * (padded + 2), shared);
+  }
+
+ private:
+  template <int R> INLINE void meet_chunk(const Run<T>& values, int64_t from, int64_t to, int64_t head, int64_t r0, A& ahead) {
+    const int64_t i = from - span.start(), chunk = i / CHUNK * CHUNK;
+    float *x = scores_of(head, r0), *result = result_of(head, r0);
+    if (plain && (i == chunk || from == span.from))  // by the steps of `score` and `weigh`
+      for (int r = 0; r < R; r++) {
+        float *row = x + r * ROW, *total = total_of(head, r0 + r), largest = result[R * padded + 2 * r];
+        if (largest == -INF) largest = 0;
+        for (int64_t j = chunk; j < chunk + CHUNK; j += W) {
+          const vf a = exp_of_negative(sub(mul(load(row + j), set1(p.scale)), set1(largest)));
+          store(total, add(load(total), a));
+          if (pairs) store((bf16*)row + j, a);
+          else store(row + j, p.v_scale ? mul(a, load(v_scales + head * ROW + j)) : a);
+        }
+      }
+    decode_values(p.head_size, [&](auto P, int64_t d, int64_t length) INLINE_LAMBDA {
+      const T* at = values[from] + head * p.head_size + d;
+      if constexpr (std::is_same_v<T, bf16>)
+        if (pairs)
+          return decode_values_block_in_pairs<R, P>(at, values.stride, to - from, i % 2, x + i / 2, result + d, padded, ahead);
+      decode_values_block<T, R, P>(at, values.stride, to - from, x + i, result + d, padded, length, ahead);
+    });
+  }
+  template <class F> void for_each_block(F f) const {  // of rows, as many as the registers hold
+    for (int64_t r0 = 0; r0 < rows; r0 += DECODE_ROWS)
+      with_count<DECODE_ROWS>(std::min<int64_t>(DECODE_ROWS, rows - r0), [&](auto R) { f(R, r0); });
+  }
+  void multiply(float* x, int64_t n_rows, const float* scales, int64_t head) const {  // of the keys or values
+    for (int64_t r = 0; p.k_scale && r < n_rows; r++)
+      for (int64_t i = 0; i < whole; i += W) store(x + r * ROW + i, mul(load(x + r * ROW + i), load(scales + head * ROW + i)));
+  }
+  float* scores_of(int64_t head, int64_t row) const { return scores + (head * rows + row) * ROW; }
+  float* total_of(int64_t head, int64_t row) const { return totals + (head * rows + row) * W; }
+  float* result_of(int64_t head, int64_t row) const { return results + (head * rows + row) * (padded + 2); }
+
+  const Problem& p;
+  const Span& span;
+  const Sequence s;
+  const int64_t first, heads, rows, padded;
+  const int64_t skipped, n, whole;  // scores: first there may be some of no key, then n, in all a multiple of CHUNK
+  const bool pairs, plain;          // plain: all queries see all keys, and a score is a scaled product
+  A nothing;
+  const float* queries;
+  float* shared;  // where the results belong; another thread has read what stands there, and so it is written only once
+  float *results, *totals, *scores, *k_scales, *v_scales;  // (heads, rows): padded + 2, W, ROW; (heads): ROW, ROW
+};
 
 // A sequence's queries, laid out as Span says.
 template <class T> void decode_queries(const Problem& p, const Sequence& s, bool pairs, float* to) {
@@ -422,89 +499,63 @@ template <class T> void decode_write(const Problem& p, const Sequence& s, bool p
 }
 
 template <class T> void decode(const Problem& p, const std::vector<int64_t>& sequences, int64_t products) {
-  struct Item { int64_t span, chunk; };
   const bool pairs = in_pairs<T>(products) && p.head_size % (2 * W) == 0;
   const int64_t heads = p.n_kv_head, padded = p.padded();
   static thread_local std::vector<Span> own_spans;
-  static thread_local std::vector<Item> own_items;
-  auto &spans = own_spans;  // threads share this one's
-  auto &items = own_items;
-  spans.clear(), items.clear();
+  auto& spans = own_spans;  // threads share this one's
+  spans.clear();
   std::vector<int64_t> firsts;  // each sequence's first span, and behind the last the number of spans
-  int64_t size = 0, longest = 0, most = 0;  // results of a span
+  int64_t size = 0, n_keys = 0;
   for (int64_t index : sequences) {
     const Sequence s(p, index);
-    const int64_t end = (s.high(s.n_q - 1) + CHUNK - 1) / CHUNK, rows = s.n_q * p.n_head, stride = rows * (padded + 2), q = size;
+    const int64_t end = s.high(s.n_q - 1), rows = s.n_q * p.n_head, q = size;
     firsts.push_back(spans.size());
     size += rows * padded;
-    for (int64_t c = s.low(0) / CHUNK, next; c < end; c = next) {
-      next = std::min(end, (c / SPAN + 1) * SPAN);
-      for (int64_t i = c; i < next; i++) items.push_back({int64_t(spans.size()), i});
-      spans.push_back({index, c, next - c, q, size, stride, false});
-      size += (next - c) * stride;
+    for (int64_t from = s.low(0), to; from < end; from = to) {
+      to = std::min(end, Span::end(from));
+      spans.push_back({index, from, to, n_keys, q, size});
+      size += (rows * (padded + 2) + 15) / 16 * 16, n_keys += to - from;
     }
-    longest = std::max(longest, s.n_k);
-    most = std::max(most, SPAN * stride);
   }
   const int64_t n_sequences = firsts.size();
   firsts.push_back(spans.size());
   static thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < size + 2 * W) memory.resize(size + 2 * W);  // merging reads past the last result
-  float* scratch = memory.data();
+  float* scratch = aligned(memory, size + 2 * W);  // merging reads past the last result
   for (int64_t i = 0; i < n_sequences; i++)
     decode_queries<T>(p, Sequence(p, sequences[i]), pairs, scratch + spans[firsts[i]].q);
-  auto merge = [&](const Span& span, float* results, int64_t head, float* to) {  // the span's, at `results`
-    const int64_t width = span.stride / heads;
-    static thread_local std::vector<const float*> parts;
-    parts.clear();
-    for (int64_t i = 0; i < span.n; i++) parts.push_back(results + i * span.stride + head * width);
-    decode_merge(parts, width / (padded + 2), padded, to + head * width);
-  };
 
-  parallel_for(items.size() * heads, longest >= 48 ? 1 : 8, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<float> own;  // of a span that is all this thread's: its results stay in the cache
-    own.resize(most + 2 * W);
-    Chunk<T> chunks[2];
-    const int64_t head_bytes = p.head_size * sizeof(T);
-    const bool near = CHUNK * heads * head_bytes <= 24 << 10;
-    auto part = [&](const Rows<T>& rows, int64_t n, int64_t first, int64_t last) {
-      return typename Ahead<T>::Part{&rows, n, first * head_bytes, (last - first) * head_bytes};
-    };
-    for (int64_t i = begin, turn = 0; i < end; turn ^= 1) {
-      const int64_t first = i % heads, last = std::min(heads, first + end - i);
-      const Item item = items[i / heads];
-      Span& span = spans[item.span];
-      const int64_t before = item.chunk - span.chunk, from = i / heads - before;  // the span's first item
-      const bool alone = from * heads >= begin && (from + span.n) * heads <= end;
-      Chunk<T>&now = chunks[turn], &next = chunks[turn ^ 1];
-      if (i == begin) {
-        now.find(p, span.sequence, item.chunk);
-        now.keys.touch(now.n, first * p.head_size, (last - first) * head_bytes);
-      }
-      i += last - first;
-      if (i < end) next.find(p, spans[items[i / heads].span].sequence, items[i / heads].chunk);
-      const Ahead<T> ahead(part(now.values, now.n, first, last), part(next.keys, i < end ? next.n : 0, 0, std::min(heads, end - i)), near);
-      float* results = alone ? own.data() : scratch + span.results;
-      decode_chunk<T>(p, Sequence(p, span.sequence), now, item.chunk * CHUNK, first, last, pairs, scratch + span.q,
-                      results + before * span.stride, ahead);
-      if (alone && before == span.n - 1) {
-        for (int64_t head = 0; head < heads; head++) merge(span, results, head, scratch + span.results);
-        span.merged = true;
-      }
+  parallel_for(n_keys * heads, 64, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<Item> items;  // of which more than a half is this thread's
+    items.clear();
+    for (const Span& span : spans) {
+      const int64_t n = span.to - span.from;
+      auto head_at = [&](int64_t share) { return std::clamp<int64_t>((share - span.before * heads + n / 2) / n, 0, heads); };
+      if (head_at(begin) < head_at(end)) items.push_back({&span, head_at(begin), head_at(end)});
     }
+    if (items.empty()) return;
+    Walk<T> walk(p, items.data(), items.data() + items.size());
+    const int64_t distance = std::max<int64_t>(6 << 10, CHUNK * heads * p.head_size * sizeof(T));
+    auto go = [&](auto ahead) {
+      for (const Item& item : items) {
+        Decode<T, decltype(ahead)> decode(p, item, pairs, scratch);
+        for (Run<T> run{}; run.to < item.span->to;) decode.meet_keys(run = walk.next(), ahead);
+        decode.find_largest();
+        for (Run<T> run{}; run.to < item.span->to;) decode.meet_values(run = walk.next(), ahead);
+        decode.finish();
+      }
+    };
+    if (2 * distance <= 32 << 10) go(Ahead<T, true>(walk, distance));
+    else go(Ahead<T, false>(walk, distance));
   });
-  parallel_for(n_sequences * heads, longest >= 2048 ? 1 : 8, [&](int64_t begin, int64_t end) {
+  // What another thread has read is slow to write to: little is left to this one.
+  parallel_for(n_sequences * heads, 1 + n_sequences * heads * (1 << 16) / size, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t first = firsts[i / heads], last = firsts[i / heads + 1];
       const Sequence s(p, sequences[i / heads]);
       const int64_t head = i % heads, rows = s.n_q * p.group(), at = head * rows * (padded + 2);
       static thread_local std::vector<const float*> parts;
       parts.clear();
-      for (int64_t j = first; j < last; j++) {
-        float* results = scratch + spans[j].results;
-        if (!spans[j].merged) merge(spans[j], results, head, results);
-        parts.push_back(results + at);
-      }
+      for (int64_t j = first; j < last; j++) parts.push_back(scratch + spans[j].results + at);
       float* result = scratch + spans[first].results + at;
       if (parts.size() > 1) decode_merge(parts, rows, padded, result);
       decode_write<T>(p, s, pairs, result, head);

@@ -42,16 +42,19 @@ struct Sequence {  // one sequence of the stream
   // How many of the tile's keys, from `start` on, a strip of queries has to look at, whose last this is.
   int64_t seen(int64_t query, int64_t start) const;
 
-  // The rows of k and v (counted in tokens) where keys from .. to - 1 stand.
-  void locate(int64_t from, int64_t to, int64_t* rows) const {
+  struct Place { int64_t row, run; };
+  // The row of k and v (counted in tokens) where a key stands, and how many of those before `to` stand there one after the other.
+  Place locate(int64_t key, int64_t to) const {
+    if (!pages) return {first + key, to - key};
+    int64_t page = key / p.page_size, end = (page + 1) * p.page_size;
+    const Place place{pages[page] * p.page_size + key - page * p.page_size, 0};
+    for (; end < to && pages[page + 1] == pages[page] + 1; page++) end += p.page_size;
+    return {place.row, std::min(end, to) - key};
+  }
+  void locate(int64_t from, int64_t to, int64_t* rows) const {  // each one's row
     for (int64_t j = from; j < to;) {
-      int64_t row = first + j, run = to - j;  // `run` keys stand in consecutive rows
-      if (pages) {
-        row = pages[j / p.page_size] * p.page_size + j % p.page_size;
-        run = std::min(run, p.page_size - j % p.page_size);
-      }
-      for (int64_t i = 0; i < run; i++) rows[j - from + i] = row + i;
-      j += run;
+      const auto [row, run] = locate(j, to);
+      for (int64_t i = 0; i < run; i++) rows[j++ - from] = row + i;
     }
   }
 };
@@ -108,7 +111,7 @@ INLINE float weigh(float* x, int64_t n, float maximum) {
   const vf shift = set1(maximum == -INF ? 0 : maximum);  // nothing seen yet: the weights are exp(-infinity) = 0
   vf total = zero();
   for (int64_t i = 0; i < n; i += W) {
-    vf a = exp(sub(load(x + i), shift));
+    vf a = exp_of_negative(sub(load(x + i), shift));
     store(x + i, a);
     total = add(total, a);
   }
@@ -118,7 +121,7 @@ INLINE float weigh(float* x, int64_t n, float maximum) {
 // What weights relative to the maximum `before` shrink by when the maximum grows to `now`.
 INLINE vf shrink(vf before, vf now) {
   const vf lowest = set1(-std::numeric_limits<float>::max());  // -infinity twice (nothing seen yet) is no growth
-  return exp(sub(max(before, lowest), max(now, lowest)));
+  return exp_of_negative(sub(max(before, lowest), max(now, lowest)));
 }
 
 // c (M, N * W) = [c +] a (M, depth) b (depth, N * W), all of c in registers. TRANSPOSED: a is (depth, M).

@@ -424,6 +424,19 @@ INLINE vf exp(vf of) {
   p = fma(p, r, set1(1.0f));
   return where_less(of, set1(-87.0f), zero(), times_power_of_2(p, n));
 }
+// e^x for x <= 0 to 1e-7 (absolute), in two thirds of the instructions: 2^n * 2^r with |r| <= 1/2, 2^r by the polynomial of
+// degree 5 that is 1 at 0 and nearest to it (relative error 9e-8). NaN stays NaN; -infinity gives 0.
+INLINE vf exp_of_negative(vf x) {
+  vf t = max(set1(-200.0f), mul(x, set1(1.44269504f)));  // the order of operands keeps NaN
+  vf n = nearest(t), r = sub(t, n);
+  vf p = set1(1.32647272e-3f);
+  p = fma(p, r, set1(9.67151281e-3f));
+  p = fma(p, r, set1(5.55073374e-2f));
+  p = fma(p, r, set1(0.240222421f));
+  p = fma(p, r, set1(0.693146978f));
+  p = fma(p, r, set1(1.0f));
+  return times_power_of_2(p, n);
+}
 INLINE vf sigmoid(vf x) { return div(set1(1), add(set1(1), exp(sub(zero(), x)))); }
 INLINE vf tanh(vf x) {  // 1 - 2 / (e^2|x| + 1), and the odd series near 0 where that cancels
   vf a = absolute(x), s = mul(x, x);
