@@ -401,12 +401,15 @@ template <class T, class A> class Decode {
       for (int r = 0; r < R; r++) {
         float *row = x + r * ROW, *total = total_of(head, r0 + r), largest = result[R * padded + 2 * r];
         if (largest == -INF) largest = 0;
-        for (int64_t j = chunk; j < chunk + CHUNK; j += W) {
-          const vf a = exp_of_negative(sub(mul(load(row + j), set1(p.scale)), set1(largest)));
-          store(total, add(load(total), a));
+        const vf scale = set1(p.scale), shift = set1(largest);
+        vf sum = load(total);
+        UNROLL for (int64_t j = chunk; j < chunk + CHUNK; j += W) {
+          const vf a = exp_of_negative(sub(mul(load(row + j), scale), shift));
+          sum = add(sum, a);
           if (pairs) store((bf16*)row + j, a);
           else store(row + j, p.v_scale ? mul(a, load(v_scales + head * ROW + j)) : a);
         }
+        store(total, sum);
       }
     decode_values(p.head_size, [&](auto P, int64_t d, int64_t length) INLINE_LAMBDA {
       const T* at = values[from] + head * p.head_size + d;
