@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int64_t DECODE_QUERIES = 8, CHUNK = 16, SPAN = 512, SHORTEST_SPAN = 64;
+constexpr int64_t DECODE_QUERIES = 8, CHUNK = 16, SPAN = 512, SHORTEST_SPAN = 128;
 constexpr int64_t ROW = SPAN + 16;  // from one row of scores to the next; powers of 2 would share few places in a cache
 constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
 constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
@@ -528,11 +528,16 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
     decode_queries<T>(p, Sequence(p, sequences[i]), pairs, scratch + spans[firsts[i]].q);
 
   parallel_for(n_keys * heads, 64, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<Item> items;  // of which more than a half is this thread's
+    static thread_local std::vector<Item> items;
     items.clear();
     for (const Span& span : spans) {
       const int64_t n = span.to - span.from;
-      auto head_at = [&](int64_t share) { return std::clamp<int64_t>((share - span.before * heads + n / 2) / n, 0, heads); };
+      // Which head is the first of a share that begins here. Reading a part of each key costs more than to do a quarter too much.
+      auto head_at = [&](int64_t share) {
+        const int64_t inside = share - span.before * heads;
+        if (4 * inside <= n * heads) return int64_t(0);
+        return 4 * inside >= 3 * n * heads ? heads : std::clamp<int64_t>((inside + n / 2) / n, 1, heads);
+      };
       if (head_at(begin) < head_at(end)) items.push_back({&span, head_at(begin), head_at(end)});
     }
     if (items.empty()) return;
