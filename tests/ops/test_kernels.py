@@ -144,6 +144,7 @@ def test_attention_over_shuffled_pages_matches_the_formula(kernels, n_head, n_kv
         {"alibi": torch.tensor([0.5, 0.25, 0.1, 0.01])},
         {"causal": False},
         {"causal": False, "window": 50},
+        {"scale": -0.3},
         {"window": 130, "softcap": 3.0, "alibi": torch.tensor([0.5, 0.25, 0.1, 0.01]), "scale": 0.3},
     ],
 )
@@ -243,6 +244,51 @@ def test_a_row_has_the_same_bits_however_the_prefill_is_cut(kernels, n_head, win
             assert torch.equal(part, result[-n:])
     whole.q, whole.queries, whole.cu_seqlens = whole.q[-1:], [1], torch.tensor([0, 1], dtype=torch.int32)
     assert torch.equal(whole.run(), part[-1:])
+
+
+CACHES = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.int8)]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES)
+def test_decoding_has_the_same_bits_however_threads_divide_the_keys(kernels, two_threads, dtype, cache_dtype):
+    """Between spans, or between the key heads of one."""
+    torch.manual_seed(7)
+    for n in (100, 257, 700, 2110, 4500):
+        flat = Flat([1], [n], 9, 3, 64, dtype, cache_dtype, page_size=64)
+        torch.set_num_threads(1)
+        alone = flat.run()
+        close(alone, flat.exact(), slack=3)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(alone, flat.run()), (n, threads)
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES)
+@pytest.mark.parametrize("window", [0, 333])
+def test_a_decode_row_has_the_same_bits_beside_other_drafts(kernels, dtype, cache_dtype, window):
+    torch.manual_seed(7)
+    for n in (129, 700, 1551):
+        flat = Flat([8], [n], 6, 2, 64, dtype, cache_dtype, page_size=16, window=window)
+        beside = flat.run()
+        for row in range(8):
+            flat.lengths[0] = n - 7 + row
+            q, flat.q, flat.queries = flat.q, flat.q[row : row + 1], [1]
+            flat.cu_seqlens = torch.tensor([0, 1], dtype=torch.int32)
+            assert torch.equal(flat.run()[0], beside[row]), (n, row)
+            flat.q = q
+
+
+@pytest.mark.parametrize("page_size", [6, 16, 64])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES)
+def test_pages_side_by_side_are_read_as_scattered_ones_are(kernels, page_size, dtype, cache_dtype):
+    torch.manual_seed(8)
+    flat = Flat([1, 3, 1], [700, 90, 1100], 6, 2, 64, dtype, cache_dtype, page_size=page_size)
+    scattered = flat.run()
+    order = flat.block_table[flat.block_table >= 0].long()
+    flat.pages = [p[order] for p in flat.pages]
+    flat.scales = [s if s is None else s[order] for s in flat.scales]
+    flat.block_table[flat.block_table >= 0] = torch.arange(len(order), dtype=torch.int32)
+    assert torch.equal(flat.run(), scattered)
 
 
 def test_nan_and_infinity_reach_their_own_sequence_and_no_other(kernels):
