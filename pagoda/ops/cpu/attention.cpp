@@ -4,11 +4,11 @@
 // sequence by its number of queries alone:
 //
 // decode (at most DECODE_QUERIES queries). Bound: memory, n_keys x 2 x head_size x the cache element's size per key
-//   head. The keys are cut into spans, short ones first, so that few keys keep several threads busy, and then of up to
-//   SPAN, so that little is done that is not reading. A thread takes (sequence, span, key head) items, reads each key and
-//   then each value once for all query heads of the group, and leaves a maximum, a sum and a weighted
-//   value per row, which are merged in the order of the spans. Keys and values of bf16 are multiplied in pairs where the
-//   CPU does that, queries and weights rounded to bf16; otherwise in float32.
+//   head. The keys are cut into spans, first short ones, so that few keys keep several threads busy, then of SPAN, so that
+//   little is done that is not reading. A thread takes (sequence, span, key head) items, reads each key and then each
+//   value once for all query heads of the group, and leaves a maximum, a sum and a weighted value per row, which are
+//   merged in the order of the spans. Keys and values of bf16 are multiplied in pairs where the CPU does that, queries and
+//   weights rounded to bf16; otherwise in float32.
 // prefill (more queries). Bound: multiplications, 4 x head_size per query head and visible key. A thread takes
 //   (sequence, key head, tile of queries) items and goes through tiles of KEYS keys: the keys are packed transposed, the
 //   values as they are, and scores and outputs are small matrix products from registers, in float32 or, where queries
@@ -27,7 +27,8 @@
 
 namespace {
 
-constexpr int64_t DECODE_QUERIES = 8, CHUNK = 16, SPAN = 512, SHORTEST_SPAN = 128;
+constexpr int64_t DECODE_QUERIES = 8, SPAN = 512, SHORTEST_SPAN = 128;
+constexpr int64_t CHUNK = 16;  // values that meet a head before the next head does; vectors of weights
 constexpr int64_t ROW = SPAN + 16;  // from one row of scores to the next; powers of 2 would share few places in a cache
 constexpr int64_t TILE_ROWS = 96;  // query rows (queries x group) of a prefill item: what amortises packing its keys
 constexpr int DECODE_ROWS = W == 16 ? 4 : 2;  // what fits in the registers
@@ -43,7 +44,7 @@ struct Span {
                     // load_pair reads keys, or bf16,
   int64_t results;  // and the results
 
-  // Where the span ends that holds this position: of at most half of what stands before it.
+  // Where the span ends that holds this position. Longer ones are at most half of what stands before them.
   static int64_t end(int64_t position) {
     int64_t size = SHORTEST_SPAN;
     while (size < SPAN && position >= 4 * size) size *= 2;
@@ -99,8 +100,8 @@ template <class T> class Walk {
 // NEAR: into the first cache alone, where all that is under way fits there.
 template <class T, bool NEAR> class Ahead {
  public:
+  Ahead() {}  // of nothing
   // From the beginning of the way on, `distance` bytes before they are read. The first ones come fastest if they are just read.
-  Ahead() {}
   Ahead(const Walk<T>& walk, int64_t distance) : walk(walk), more(-1) {
     for (int64_t i = 0; i < distance; i += 64) (void)*(const volatile char*)take(64);
   }
@@ -160,8 +161,8 @@ template <class F> struct Block {
   INLINE F* operator()(int64_t head, int64_t row) const { return of + head * by_head + row * by_row; }
 };
 
-// x[r][j] = q[r] . key j of each of some heads, for R rows and the keys of a run (rounded up to fours, by the last one). 4 keys meet
-// all heads, and so they are read in the order of memory. q is laid out as load_pair reads the keys.
+// x[r][j] = q[r] . key j of each of some heads, for R rows and the keys of a run (rounded up to fours, by the last one). 4 keys
+// meet all heads, and so they are read in the order of memory. q is laid out as load_pair reads the keys.
 template <class T, int R, class A>
 void decode_scores(const Run<T>& keys, int64_t heads, int64_t head_size, Block<const float> q, Block<float> x, A& ahead) {
   for (int64_t j = keys.from; j < keys.to; j += 4) {
@@ -460,7 +461,7 @@ template <class T> void decode_queries(const Problem& p, const Sequence& s, bool
     }
 }
 
-// The results of several chunks or spans become one, for the rows of a key head; `to` may be the first of them. A block's
+// The results of several spans become one, for the rows of a key head; `to` may be the first of them. A block's
 // maximums stand in the even lanes of its tail, and so do its sums one further on: all rows of it at once.
 void decode_merge(const std::vector<const float*>& parts, int64_t rows, int64_t padded, float* to) {
   const int64_t n = parts.size();
