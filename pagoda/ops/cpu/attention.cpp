@@ -528,16 +528,18 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
   for (int64_t i = 0; i < n_sequences; i++)
     decode_queries<T>(p, Sequence(p, sequences[i]), pairs, scratch + spans[firsts[i]].q);
 
+  const int64_t share = n_keys * heads / max_threads();
   parallel_for(n_keys * heads, 64, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<Item> items;
     items.clear();
     for (const Span& span : spans) {
       const int64_t n = span.to - span.from;
-      // Which head is the first of a share that begins here. Reading a part of each key costs more than to do a quarter too much.
-      auto head_at = [&](int64_t share) {
-        const int64_t inside = share - span.before * heads;
-        if (4 * inside <= n * heads) return int64_t(0);
-        return 4 * inside >= 3 * n * heads ? heads : std::clamp<int64_t>((inside + n / 2) / n, 1, heads);
+      // Which head is the first of those whose share begins here. To read a part of each key costs more than to do a quarter
+      // of a span too much; where a share is two spans and more, a half.
+      auto head_at = [&](int64_t here) {
+        const int64_t inside = here - span.before * heads, all = n * heads, spare = 2 * all <= share ? all / 2 : all / 4;
+        if (inside <= spare) return int64_t(0);
+        return inside >= all - spare ? heads : std::clamp<int64_t>((inside + n / 2) / n, 1, heads);
       };
       if (head_at(begin) < head_at(end)) items.push_back({&span, head_at(begin), head_at(end)});
     }
