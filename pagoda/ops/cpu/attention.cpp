@@ -545,7 +545,7 @@ template <class T> void decode(const Problem& p, const std::vector<int64_t>& seq
     }
     if (items.empty()) return;
     Walk<T> walk(p, items.data(), items.data() + items.size());
-    const int64_t distance = std::max<int64_t>(6 << 10, CHUNK * heads * p.head_size * sizeof(T));
+    const int64_t distance = std::max<int64_t>(8 << 10, CHUNK * heads * p.head_size * sizeof(T));
     auto go = [&](auto ahead) {
       for (const Item& item : items) {
         Decode<T, decltype(ahead)> decode(p, item, pairs, scratch);
