@@ -359,7 +359,7 @@ template <class T, class A> class Decode {
           if (plain) continue;
           const int64_t query = (r0 + r) / p.group(), in_group = (r0 + r) % p.group();
           tail[2 * r] = score(s, row, whole, span.start(), query, (first + head) * p.group() + in_group, -INF);
-          tail[2 * r + 1] = weigh(row, whole, tail[2 * r]);
+          tail[2 * r + 1] = weigh(row, whole, tail[2 * r], exp_of_negative);
         }
         if (plain) return decode_largest<R>(x, whole, p.scale, tail);
         multiply(x, R, v_scales, head);
@@ -619,7 +619,7 @@ template <class Cell, class T> void prefill_tile(const Problem& p, const Prefill
       }
       for (int64_t i = 0; i < STRIP; i += W) store(shrinks + i, shrink(load(shrinks + i), load(largest + first + i)));
       for (int64_t i = 0, r = first; i < n; i++, r++) {
-        sums[r] = sums[r] * shrinks[i] + weigh(x + i * KEYS, seen, largest[r]);
+        sums[r] = sums[r] * shrinks[i] + weigh(x + i * KEYS, seen, largest[r], [](vf a) INLINE_LAMBDA { return exp(a); });
         if (shrinks[i] != 1) {
           const vf factor = set1(shrinks[i]);
           for (int64_t d = 0; d < padded; d += W) store(o + r * padded + d, mul(load(o + r * padded + d), factor));

@@ -106,12 +106,12 @@ INLINE float score(const Sequence& s, float* x, int64_t n, int64_t start, int64_
   return reduce_max(largest);
 }
 
-// Scores become weights exp(score - maximum); returns their sum.
-INLINE float weigh(float* x, int64_t n, float maximum) {
+// Scores become weights exp(score - maximum), by this exponential; returns their sum.
+template <class Exp> INLINE float weigh(float* x, int64_t n, float maximum, Exp exp) {
   const vf shift = set1(maximum == -INF ? 0 : maximum);  // nothing seen yet: the weights are exp(-infinity) = 0
   vf total = zero();
   for (int64_t i = 0; i < n; i += W) {
-    vf a = exp_of_negative(sub(load(x + i), shift));
+    vf a = exp(sub(load(x + i), shift));
     store(x + i, a);
     total = add(total, a);
   }
@@ -121,7 +121,7 @@ INLINE float weigh(float* x, int64_t n, float maximum) {
 // What weights relative to the maximum `before` shrink by when the maximum grows to `now`.
 INLINE vf shrink(vf before, vf now) {
   const vf lowest = set1(-std::numeric_limits<float>::max());  // -infinity twice (nothing seen yet) is no growth
-  return exp_of_negative(sub(max(before, lowest), max(now, lowest)));
+  return exp(sub(max(before, lowest), max(now, lowest)));
 }
 
 // c (M, N * W) = [c +] a (M, depth) b (depth, N * W), all of c in registers. TRANSPOSED: a is (depth, M).
