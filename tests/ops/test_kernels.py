@@ -313,13 +313,19 @@ def test_nan_and_infinity_reach_their_own_sequence_and_no_other(kernels):
 @pytest.mark.parametrize("n", [401, 700])
 def test_decoding_has_nan_and_infinity_where_the_formula_has(kernels, dtype, n):
     torch.manual_seed(8)
-    for kind, key, bad in [(0, slice(None), -torch.inf), (0, n // 2, torch.nan), (1, n - 1, torch.inf), (1, 0, torch.inf)]:
+    for kind, key, bad in (
+        (0, slice(None), -torch.inf),
+        (0, n // 2, torch.nan),
+        (1, n - 1, torch.inf),
+        (1, 0, torch.inf),
+    ):
         flat = Flat([1], [n], 6, 2, 64, dtype, page_size=n)
         flat.q = flat.q.abs() + 0.1
         flat.pages[kind][flat.block_table[0, 0], key] = bad
         flat.keys[0][kind][key] = bad
         out, exact = flat.run(), flat.exact()
-        assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
+        assert torch.equal(out.isnan(), exact.isnan())
+        assert torch.equal(out.isinf(), exact.isinf())
         assert not out.isfinite().any()
 
 
