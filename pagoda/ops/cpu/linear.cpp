@@ -5,8 +5,8 @@
 // the rows beside it nor on the threads, which divide the outputs and never the sum.
 //
 // What is computed. BITS4 and BITS8: activations are rounded per block of 32 to int8 (scale = absmax / 127), products
-// are exact integers inside a block, blocks add up in float32. With Weight::fine the eighth of a row's blocks with the
-// largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 and NF4 where the
+// are exact integers inside a block, blocks add up in float32. With Weight::fine a sixth of the blocks, those of each WINDOW
+// with the largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 and NF4 where the
 // CPU has AVX512_BF16: activations are rounded to bf16 and multiplied in pairs, with NF4 by the 16 values rounded to bf16,
 // whose sums over a block of 64 are scaled in float32. All else, and Weight::exact: float32 activations times the
 // dequantized weight, k by k. With a matrix unit (amx.h) BF16 goes through it, and NF4 with the dequantized weights
@@ -37,7 +37,7 @@ struct Weight {
   int64_t n_out, n_in;
   int64_t exact;        // multiply unrounded activations
   int64_t invariant;    // NF4: one arithmetic for any number of rows
-  int64_t fine;         // BITS4, BITS8 with groups: round the blocks that err most twice
+  int64_t fine;         // BITS4, BITS8 with groups of one block: round the blocks that err most twice
   int64_t group;        // BITS4, BITS8: blocks of 32 k that share a scale, 0: one float32 scale per row
   int64_t zero_point;   // BITS4: the quant that means zero, 8 or 0
   const uint8_t* quants;
@@ -62,6 +62,8 @@ struct Product {
   const void* add;   // (rows, n_out) or null
 };
 
+constexpr int64_t WINDOW = 24;        // blocks, of which FINE are rounded twice
+constexpr int64_t FINE = 4;
 constexpr int64_t LONG = 1024;        // k of sums that are worth two integer tiles at a time, or rows in two groups
 constexpr int64_t FEW_GROUPS = 6;     // of rows: they meet few tiles at a time, which stay in L1
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
@@ -107,7 +109,18 @@ struct Residual {  // what the rounding of a block left, rounded in turn; the fi
   int32_t offset4, offset8;
   int64_t block;
 };
-int64_t count_residuals(int64_t n_blocks) { return std::max<int64_t>(1, n_blocks / 8); }
+int64_t count_residuals(int64_t n_blocks) { return std::max<int64_t>(1, n_blocks * FINE / WINDOW); }
+
+// Where a window of a row begins. The last one has also what is behind it. A product adds a window's residuals behind its blocks.
+struct Window {
+  int64_t index, block, residual;
+
+  static int64_t count(int64_t n_blocks) { return std::max<int64_t>(1, n_blocks / WINDOW); }
+  Window next(int64_t n_blocks) const {
+    if (index + 1 == count(n_blocks)) return {index + 1, n_blocks, count_residuals(n_blocks)};
+    return {index + 1, block + WINDOW, residual + FINE};
+  }
+};
 
 struct Activations {
   Int8Rows int8;
@@ -141,23 +154,23 @@ INLINE float quantize_block(const vf* v, float inverse, int8_t* quants) {
   return reduce_add(total);
 }
 
-// The residuals of row r, x, which has been rounded to `row`; in the order of its blocks.
+// The residuals of row r, x, which has been rounded to `row`.
 template <class T>
 void find_residuals(const T* x, int64_t n_in, int64_t n_blocks, const Int8Rows& row, int64_t r, Residual* out) {
-  const int64_t n = count_residuals(n_blocks);
-  thread_local std::vector<float> left;  // the scales that have not been chosen; NaN never is
+  thread_local std::vector<float> left;  // the scales that have not been chosen
   left.resize(n_blocks);
   for (int64_t b = 0; b < n_blocks; b++) left[b] = row.scales[b * row.next_block + r];
-  for (int64_t i = 0; i < n; i++) {
-    int64_t largest = 0;
-    float top = -1;
-    for (int64_t b = 0; b < n_blocks; b++)
-      if (left[b] > top) top = left[b], largest = b;
-    left[largest] = -2;
-    out[i].block = largest;
+  for (Window window{}, next; window.block < n_blocks; window = next) {
+    next = window.next(n_blocks);
+    for (int64_t i = window.residual; i < next.residual; i++) {
+      int64_t largest = window.block;
+      for (int64_t b = largest + 1; b < next.block; b++)
+        if (left[b] > left[largest]) largest = b;
+      left[largest] = -1;
+      out[i].block = largest;
+    }
   }
-  std::sort(out, out + n, [](const Residual& a, const Residual& b) { return a.block < b.block; });
-  for (Residual* e = out; e < out + n; e++) {
+  for (Residual* e = out; e < out + count_residuals(n_blocks); e++) {
     const int64_t b = e->block;
     float scale = row.scales[b * row.next_block + r];
     if (!(scale > 1e-32f)) scale = 0;
@@ -279,7 +292,7 @@ enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
 // dot (T, N) += the products of one block of a part of T tiles with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
 // k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits. Behind each line of
-// one tile one `later` is asked for.
+// one tile one `later` is asked for: by one row past the larger caches, where what it has read would only drive out others.
 template <int BITS, int R, int T, int N>
 INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N], const uint8_t* later = nullptr) {
   vi line[T], v[T];
@@ -303,15 +316,26 @@ INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N
       UNROLL for (int t = 0; t < T; t++) v[t] = and_bits(shift_right<4>(line[t]), 0x0f0f0f0f);
       multiply(quads + (4 + j) * R);
     }
-    if (later) __builtin_prefetch(later + 64 * j);
+    if (later) __builtin_prefetch(later + 64 * j, 0, R == 1 ? 0 : 3);
   }
 }
 
+// acc + the product of what is left of a block with a part of a tile.
+template <int BITS, Scales SCALES>
+INLINE vf add_residual(const Weight& w, int64_t tile, int part, const Residual& x, vf acc) {
+  const int64_t block = tile * w.units(32) + x.block, at = block * TILE + part * W;
+  const uint8_t* q = w.quants + block * 64 * BITS + part * W * 4;
+  vi dot[1][1] = {{set1_bits(BITS == 8 ? x.offset8 : w.zero_point ? x.offset4 : 0)}};
+  dot_block<BITS, 1, 1, 1>(&q, x.quads, dot);
+  acc = fma(from_int(dot[0][0]), mul(load((const f16*)w.scales + at), set1(x.scale)), acc);
+  return SCALES == WITH_MINIMUM ? fma(load(w.minimums + at), set1(x.sum), acc) : acc;
+}
+
 // sums (T, R, 16) of the tiles from `tile` on; where there are less before `end`, of the last one again. Of one tile whether it
-// comes from memory: what is AHEAD is then asked for.
+// comes from memory: what is AHEAD is then asked for. residuals (R, count_residuals), or null.
 template <int BITS, Scales SCALES, int T, int R>
-void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x, bool from_memory, Evenly ahead,
-                   float* sums) {
+void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x, const Residual* residuals, bool from_memory,
+                   Evenly ahead, float* sums) {
   constexpr int MOST = T > 1 ? 4 : R > MAX_ROWS ? (R + 1) / 2 : R, PASSES = (R + MOST - 1) / MOST;
   constexpr int N = (R + PASSES - 1) / PASSES;  // rows at a time
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
@@ -329,7 +353,7 @@ void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x
     UNROLL for (int t = 0; t < T; t++)
       UNROLL for (int r = 0; r < R; r++) acc[t][r] = zero();
     int64_t left = w.group;
-    for (int64_t b = 0; b < n_blocks; b++) {
+    auto add_block = [&](int64_t b) INLINE_LAMBDA {
       const bool ask = T == 1 && from_memory && part == 0;
       if (T > 1 && part == 0) ahead.ask();
       if (SCALES != PER_ROW && R <= 8 && ask) {  // of more rows a load more costs more than it saves
@@ -362,6 +386,18 @@ void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x
         UNROLL for (int t = 0; t < T; t++) scale[t] += TILE, minimum[t] += TILE;
         left = w.group;
       }
+    };
+    if (SCALES == PER_ROW || !residuals) {
+      for (int64_t b = 0; b < n_blocks; b++) add_block(b);
+    } else {
+      const int64_t n = count_residuals(n_blocks);
+      for (Window window{}, next; window.block < n_blocks; window = next) {
+        next = window.next(n_blocks);
+        for (int64_t b = window.block; b < next.block; b++) add_block(b);
+        for (int64_t i = window.residual; i < next.residual; i++)
+          UNROLL for (int r = 0; r < R; r++)
+            acc[0][r] = add_residual<BITS, SCALES>(w, tile, part, residuals[r * n + i], acc[0][r]);
+      }
     }
     UNROLL for (int t = 0; t < T; t++) {
       const float* by = (const float*)w.scales + std::min(tile + t, end - 1) * TILE + part * W;
@@ -372,25 +408,7 @@ void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x
   }
 }
 
-// Adds the products of a row's residuals with a tile to its sums (16).
-template <int BITS> void add_residuals(const Weight& w, int64_t tile, const Residual* residuals, int64_t n, float* sums) {
-  for (int part = 0; part < PARTS; part++) {
-    const uint8_t* q = w.quants + tile * w.units(32) * 64 * BITS + part * W * 4;
-    vf acc = load(sums + part * W);
-    for (const Residual* x = residuals; x < residuals + n; x++) {
-      const int64_t at = (tile * w.groups() + x->block / w.group) * TILE + part * W;
-      const uint8_t* block = q + x->block * 64 * BITS;
-      vi dot[1][1] = {{set1_bits(BITS == 8 ? x->offset8 : w.zero_point ? x->offset4 : 0)}};
-      if (BITS == 4) prefetch(q + w.units(32) * 64 * BITS + AHEAD + (x - residuals) * 64 * BITS, 64 * BITS);  // of the next tile
-      dot_block<BITS, 1, 1, 1>(&block, x->quads, dot);
-      acc = fma(from_int(dot[0][0]), mul(load((const f16*)w.scales + at), set1(x->scale)), acc);
-      if (w.minimums) acc = fma(load(w.minimums + at), set1(x->sum), acc);
-    }
-    store(sums + part * W, acc);
-  }
-}
-
-using IntegerTiles = void (*)(const Weight&, int64_t, int64_t, const Int8Rows&, bool, Evenly, float*);
+using IntegerTiles = void (*)(const Weight&, int64_t, int64_t, const Int8Rows&, const Residual*, bool, Evenly, float*);
 template <int BITS, Scales SCALES, int T, int... R>
 constexpr std::array<IntegerTiles, sizeof...(R)> integer_kernels(std::integer_sequence<int, R...>) {
   return {integer_tiles<BITS, SCALES, T, R + 1>...};
@@ -607,13 +625,12 @@ void write(const Product& p, const Rows& rows, int64_t row, int R, int64_t tile,
 
 void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
-  const int64_t n_blocks = w.units(32), tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8), n_residuals = count_residuals(n_blocks);
+  const int64_t n_blocks = w.units(32), tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8);
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
   const bool by_itself = w.kind == BITS8 && task.rows.n == 1;
   const bool wide = w.kind == BITS8 && !w.group && task.rows.n_groups > 1 && w.n_in >= LONG;
   const int64_t width = wide ? WIDE_TILES : 1;
   const int64_t chunk = wide && n_groups <= FEW_GROUPS ? width : std::max<int64_t>(1, CACHE / tile_bytes / width) * width;
-  const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
   alignas(64) float sums[std::max(WIDE_TILES * MAX_ROWS, ALL_ROWS) * TILE];
   for (int64_t from = share.begin, to; from < share.end; from = to) {
     to = std::min(share.end, from + chunk);
@@ -623,18 +640,15 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
       const int R = task.rows.count(first_group + g);
       const IntegerTiles multiply = integer_kernel(w, R, wide);
       const Int8Rows x = task.x.int8.group(row * n_blocks, R);
+      const Residual* residuals = w.fine ? task.x.residuals + row * count_residuals(n_blocks) : nullptr;
       for (int64_t tile = from; tile < to;) {
         Evenly ahead;
         if (wide)
           ahead = {(const char*)w.quants + to * tile_bytes, asked, g * (to - from) + tile - from, n_groups * (to - from), width, n_blocks};
-        multiply(w, tile, to, x, g == 0 && !by_itself, ahead, sums);
+        multiply(w, tile, to, x, residuals, g == 0 && !by_itself, ahead, sums);
         float* sum = sums;
-        for (const int64_t stop = std::min(to, tile + width); tile < stop; tile++, sum += R * TILE) {
-          if (w.fine)
-            for (int r = 0; r < R; r++)
-              refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sum + r * TILE);
+        for (const int64_t stop = std::min(to, tile + width); tile < stop; tile++, sum += R * TILE)
           write(p, task.rows, row, R, tile, sum);
-        }
       }
     }
   }
@@ -755,17 +769,21 @@ void matrix_share(const Product& p, const Task& task, const Share& share) {
   }
 }
 
-// sums (16, 16) of one tile and the rows x, as integer_tile: the same integers, and the same order of float32.
-template <Scales SCALES>
-void integer_unit(const Weight& w, int64_t tile, const int8_t* quants, const Int8Rows& x, float* sums) {
+// sums (16, 16) of one tile and the rows x, as integer_tiles: the same integers, and the same order of float32. Of `refined`
+// rows there are residuals.
+template <int BITS, Scales SCALES>
+void integer_unit(const Weight& w, int64_t tile, const int8_t* quants, const Int8Rows& x, const Residual* residuals,
+                  int64_t refined, float* sums) {
   const int64_t n_blocks = w.units(32), n_groups = w.groups();
   const f16* scale = (const f16*)w.scales + tile * n_groups * TILE;
   const f16* minimum = w.minimums + tile * n_groups * TILE;
   alignas(64) int32_t dots[2][UNIT_ROWS * TILE];
   vf acc[UNIT_ROWS];
   UNROLL for (int r = 0; r < UNIT_ROWS; r++) acc[r] = zero();
+  const int64_t n_residuals = count_residuals(n_blocks);
   int64_t left = w.group;
-  for (int64_t b = 0; b < n_blocks; b++) {
+  Window window = Window{}.next(n_blocks);
+  for (int64_t b = 0, i = 0; b < n_blocks; b++) {
     if (b % 2 == 0)
       multiply_int8_blocks((const int8_t*)x.word(0, b, 0), x.next_row * 4, quants + b * 512, b + 1 < n_blocks, dots[0]);
     const int32_t* dot = dots[b % 2];
@@ -780,6 +798,12 @@ void integer_unit(const Weight& w, int64_t tile, const int8_t* quants, const Int
       if (SCALES == WITH_MINIMUM) acc[r] = fma(m, set1(x_sums[r]), acc[r]);
     }
     if (--left == 0) scale += TILE, minimum += TILE, left = w.group;
+    if (refined && b + 1 == window.block) {
+      for (; i < window.residual; i++)
+        UNROLL for (int r = 0; r < UNIT_ROWS; r++)
+          if (r < refined) acc[r] = add_residual<BITS, SCALES>(w, tile, 0, residuals[r * n_residuals + i], acc[r]);
+      window = window.next(n_blocks);
+    }
   }
   UNROLL for (int r = 0; r < UNIT_ROWS; r++) {
     if (SCALES == PER_ROW) acc[r] = mul(acc[r], load((const float*)w.scales + tile * TILE));
@@ -791,9 +815,10 @@ void integer_unit(const Weight& w, int64_t tile, const int8_t* quants, const Int
 void integer_matrix_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   const int64_t n_blocks = w.units(32), chunk = std::max<int64_t>(1, CACHE / (n_blocks * 512));
-  const int64_t n_residuals = count_residuals(n_blocks), n_groups = (task.rows.n + UNIT_ROWS - 1) / UNIT_ROWS;
-  const auto multiply = w.minimums ? integer_unit<WITH_MINIMUM> : w.group ? integer_unit<PER_GROUP> : integer_unit<PER_ROW>;
-  const auto refine = w.kind == BITS4 ? add_residuals<4> : add_residuals<8>;
+  const int64_t n_groups = (task.rows.n + UNIT_ROWS - 1) / UNIT_ROWS;
+  const auto multiply = w.kind == BITS8 ? w.group ? integer_unit<8, PER_GROUP> : integer_unit<8, PER_ROW>
+                        : w.minimums    ? integer_unit<4, WITH_MINIMUM>
+                                        : integer_unit<4, PER_GROUP>;
   thread_local std::vector<float> memory;
   auto made = (int8_t*)room(memory, w.kind == BITS4 ? chunk * n_blocks * 128 : 0);
   const MatrixUnit unit(UNIT_ROWS, 8);
@@ -807,10 +832,8 @@ void integer_matrix_share(const Product& p, const Task& task, const Share& share
     for (int64_t group = share.first(n_groups); group < share.last(n_groups); group++) {
       const int64_t row = group * UNIT_ROWS, R = std::min<int64_t>(UNIT_ROWS, task.rows.n - row);
       for (int64_t tile = from; tile < to; tile++) {
-        multiply(w, tile, quants + (tile - from) * n_blocks * 512, task.x.int8.from(row), sums);
-        if (w.fine)
-          for (int r = 0; r < R; r++)
-            refine(w, tile, task.x.residuals + (row + r) * n_residuals, n_residuals, sums + r * TILE);
+        multiply(w, tile, quants + (tile - from) * n_blocks * 512, task.x.int8.from(row),
+                 task.x.residuals + row * count_residuals(n_blocks), w.fine ? R : 0, sums);
         write(p, task.rows, row, int(R), tile, sums);
       }
     }
