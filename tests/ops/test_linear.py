@@ -10,8 +10,8 @@ from pagoda.ops.formats import FORMATS, GGUF_BLOCK, pack, pack_integers
 from pagoda.ops.linear import embedding, linear, linear_many, multiplies, multiply
 
 INTEGER = ["int8", "int4", "q4_0", "q4_1", "q8_0"]
-# Sums of 1,024 and more go another way, and 1,700 have two windows of blocks that are rounded twice.
-SHAPES = [(37, 100), (64, 64), (5, 7), (130, 257), (1, 33), (50, 1057), (20, 1700)]
+# Sums of 1,024 and more go another way, and 2,100 have two windows of blocks that are rounded twice.
+SHAPES = [(37, 100), (64, 64), (5, 7), (130, 257), (1, 33), (50, 1057), (20, 2100)]
 ROWS = [1, 2, 7, 15, 25]
 EPS = 2**-24
 
@@ -19,8 +19,8 @@ EPS = 2**-24
 def rounded(x, fine=False):
     """The activations that the integer kernels multiply: blocks of 32 as int8 times absmax / 127, in float64.
 
-    With `fine` (a GGUF file's own bits) a sixth of the blocks is exact to scale / 500, those with the largest scales of
-    every 24 (the last ones and what is behind them).
+    With `fine` (a GGUF file's own bits) an eighth of the blocks is exact to scale / 500, those with the largest scales
+    of every 32 (the last ones and what is behind them).
     """
     blocks = pad(x.float(), (0, -x.shape[1] % 32)).view(len(x), -1, 32)
     absmax = blocks.abs().amax(-1, keepdim=True)
@@ -31,10 +31,10 @@ def rounded(x, fine=False):
         left = (blocks.double() - values).float()
         left = (left * (250 / scale)).round().nan_to_num(0.0).double() * (scale / 250).double()
         n_blocks, largest = scale.shape[1], []
-        for start in range(0, max(n_blocks - 23, 1), 24):
-            last = start + 48 > n_blocks
-            n = max(n_blocks * 4 // 24, 1) - start * 4 // 24 if last else 4
-            window = scale[:, start : None if last else start + 24, 0]
+        for start in range(0, max(n_blocks - 31, 1), 32):
+            last = start + 64 > n_blocks
+            n = -(-(n_blocks - start) // 8) if last else 4
+            window = scale[:, start : None if last else start + 32, 0]
             largest.append(start + window.topk(n).indices)
         largest = torch.cat(largest, -1)
         values += torch.zeros_like(scale).scatter_(1, largest[..., None], 1.0) * left

@@ -113,8 +113,7 @@ template <class T, bool NEAR> class Ahead {
     return now <= until ? now - n : scattered(n);
   }
   INLINE void ask(const char* line) const {
-    if (NEAR) __builtin_prefetch(line, 0, 0);
-    else __builtin_prefetch(line);
+    prefetch<NEAR>(line);
     asm volatile("");  // here: the compiler would gather several
   }
   // Bytes first .. last - 1 of those that were taken.

@@ -5,7 +5,7 @@
 // the rows beside it nor on the threads, which divide the outputs and never the sum.
 //
 // What is computed. BITS4 and BITS8: activations are rounded per block of 32 to int8 (scale = absmax / 127), products
-// are exact integers inside a block, blocks add up in float32. With Weight::fine a sixth of the blocks, those of each WINDOW
+// are exact integers inside a block, blocks add up in float32. With Weight::fine an eighth of the blocks, those of each WINDOW
 // with the largest scales, whose rounding errs most, get what is left of them rounded to int8 once more. BF16 and NF4 where the
 // CPU has AVX512_BF16: activations are rounded to bf16 and multiplied in pairs, with NF4 by the 16 values rounded to bf16,
 // whose sums over a block of 64 are scaled in float32. All else, and Weight::exact: float32 activations times the
@@ -62,13 +62,12 @@ struct Product {
   const void* add;   // (rows, n_out) or null
 };
 
-constexpr int64_t WINDOW = 24;        // blocks, of which FINE are rounded twice
+constexpr int64_t WINDOW = 32;        // blocks, of which FINE are rounded twice
 constexpr int64_t FINE = 4;
 constexpr int64_t LONG = 1024;        // k of sums that are worth two integer tiles at a time, or rows in two groups
 constexpr int64_t FEW_GROUPS = 6;     // of rows: they meet few tiles at a time, which stay in L1
 constexpr int64_t CACHE = 384 << 10;  // bytes of weights that stay in a core's L2 while the rows pass by
-constexpr int64_t AHEAD = 8192;       // bytes of weights that the first rows ask for in advance; but one row reads 8-bit ones
-                                      // faster as they come, one tile behind the other: the CPU sees that by itself
+constexpr int64_t AHEAD = 8192;       // bytes of weights that the first rows ask for in advance
 
 // ---------------------------------------------------------------- activations
 // Rows are taken in groups of nearly equal size, at most MAX_ROWS, or up to ALL_ROWS together (see `multiply`): then their
@@ -109,7 +108,7 @@ struct Residual {  // what the rounding of a block left, rounded in turn; the fi
   int32_t offset4, offset8;
   int64_t block;
 };
-int64_t count_residuals(int64_t n_blocks) { return std::max<int64_t>(1, n_blocks * FINE / WINDOW); }
+int64_t count_residuals(int64_t n_blocks) { return (n_blocks * FINE + WINDOW - 1) / WINDOW; }
 
 // Where a window of a row begins. The last one has also what is behind it. A product adds a window's residuals behind its blocks.
 struct Window {
@@ -282,7 +281,7 @@ struct Evenly {
   Evenly(const char* next, int64_t bytes, int64_t pass, int64_t passes, int64_t tiles, int64_t steps)
       : now(next + bytes * pass / passes), step((bytes * tiles + passes * steps - 1) / (passes * steps)) {}
   INLINE void ask() {
-    for (until += step; now < until; now += 64) __builtin_prefetch(now);
+    for (until += step; now < until; now += 64) prefetch(now);
   }
 };
 
@@ -292,7 +291,7 @@ enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 
 // dot (T, N) += the products of one block of a part of T tiles with N of R rows. Its 32 k are 4 vectors at 4 bits (vector j:
 // k = 4j..4j+3 in the low nibbles of a lane's bytes, 16 + 4j.. in the high ones) and 8 vectors at 8 bits. Behind each line of
-// one tile one `later` is asked for: by one row past the larger caches, where what it has read would only drive out others.
+// one tile one `later` is asked for.
 template <int BITS, int R, int T, int N>
 INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N], const uint8_t* later = nullptr) {
   vi line[T], v[T];
@@ -316,7 +315,7 @@ INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N
       UNROLL for (int t = 0; t < T; t++) v[t] = and_bits(shift_right<4>(line[t]), 0x0f0f0f0f);
       multiply(quads + (4 + j) * R);
     }
-    if (later) __builtin_prefetch(later + 64 * j, 0, R == 1 ? 0 : 3);
+    if (later) prefetch<R == 1>(later + 64 * j);
   }
 }
 
@@ -353,51 +352,46 @@ void integer_tiles(const Weight& w, int64_t tile, int64_t end, const Int8Rows& x
     UNROLL for (int t = 0; t < T; t++)
       UNROLL for (int r = 0; r < R; r++) acc[t][r] = zero();
     int64_t left = w.group;
-    auto add_block = [&](int64_t b) INLINE_LAMBDA {
-      const bool ask = T == 1 && from_memory && part == 0;
-      if (T > 1 && part == 0) ahead.ask();
-      if (SCALES != PER_ROW && R <= 8 && ask) {  // of more rows a load more costs more than it saves
-        __builtin_prefetch(scale[0] + AHEAD / (4 * BITS));
-        if (SCALES == WITH_MINIMUM) __builtin_prefetch(minimum[0] + AHEAD / (4 * BITS));
-      }
-      auto multiply = [&](auto pass) INLINE_LAMBDA {
-        constexpr int F = pass * N, C = std::max(std::min(N, R - F), 1);
-        if (F >= R) return;
-        const int64_t at = b * R + F;
-        vi dot[T][C];
-        UNROLL for (int t = 0; t < T; t++)
-          UNROLL for (int r = 0; r < C; r++) dot[t][r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
-        dot_block<BITS, R, T, C>(q, x.quads + b * 8 * R + F, dot, F == 0 && ask ? q[0] + AHEAD : nullptr);
-        UNROLL for (int t = 0; t < T; t++) {
-          const vf s = SCALES == PER_ROW ? zero() : load(scale[t]), m = SCALES == WITH_MINIMUM ? load(minimum[t]) : zero();
-          UNROLL for (int r = 0; r < C; r++) {
-            const vf by = SCALES == PER_ROW ? set1(x.scales[at + r]) : mul(s, set1(x.scales[at + r]));
-            acc[t][F + r] = fma(from_int(dot[t][r]), by, acc[t][F + r]);
-          }
-          if (SCALES == WITH_MINIMUM)
-            UNROLL for (int r = 0; r < C; r++) acc[t][F + r] = fma(m, set1(x.sums[at + r]), acc[t][F + r]);
+    Window window{0, n_blocks, 0};  // where the one begins that follows
+    if (residuals) window = Window{}.next(n_blocks);
+    for (int64_t b = 0, i = 0; b < n_blocks; window = window.next(n_blocks)) {
+      for (; b < window.block; b++) {
+        const bool ask = T == 1 && from_memory && part == 0;
+        if (T > 1 && part == 0) ahead.ask();
+        if (SCALES != PER_ROW && R <= 8 && ask) {  // of more rows a load more costs more than it saves
+          prefetch(scale[0] + AHEAD / (4 * BITS));
+          if (SCALES == WITH_MINIMUM) prefetch(minimum[0] + AHEAD / (4 * BITS));
         }
-      };
-      multiply(std::integral_constant<int, 0>());
-      if constexpr (PASSES > 1) multiply(std::integral_constant<int, 1>());
-      if constexpr (PASSES > 2) multiply(std::integral_constant<int, 2>());
-      UNROLL for (int t = 0; t < T; t++) q[t] += 64 * BITS;
-      if (SCALES != PER_ROW && --left == 0) {
-        UNROLL for (int t = 0; t < T; t++) scale[t] += TILE, minimum[t] += TILE;
-        left = w.group;
+        auto multiply = [&](auto pass) INLINE_LAMBDA {
+          constexpr int F = pass * N, C = std::max(std::min(N, R - F), 1);
+          if (F >= R) return;
+          const int64_t at = b * R + F;
+          vi dot[T][C];
+          UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int r = 0; r < C; r++) dot[t][r] = offsets ? set1_bits(offsets[at + r]) : set1_bits(0);
+          dot_block<BITS, R, T, C>(q, x.quads + b * 8 * R + F, dot, F == 0 && ask ? q[0] + AHEAD : nullptr);
+          UNROLL for (int t = 0; t < T; t++) {
+            const vf s = SCALES == PER_ROW ? zero() : load(scale[t]), m = SCALES == WITH_MINIMUM ? load(minimum[t]) : zero();
+            UNROLL for (int r = 0; r < C; r++) {
+              const vf by = SCALES == PER_ROW ? set1(x.scales[at + r]) : mul(s, set1(x.scales[at + r]));
+              acc[t][F + r] = fma(from_int(dot[t][r]), by, acc[t][F + r]);
+            }
+            if (SCALES == WITH_MINIMUM)
+              UNROLL for (int r = 0; r < C; r++) acc[t][F + r] = fma(m, set1(x.sums[at + r]), acc[t][F + r]);
+          }
+        };
+        multiply(std::integral_constant<int, 0>());
+        if constexpr (PASSES > 1) multiply(std::integral_constant<int, 1>());
+        if constexpr (PASSES > 2) multiply(std::integral_constant<int, 2>());
+        UNROLL for (int t = 0; t < T; t++) q[t] += 64 * BITS;
+        if (SCALES != PER_ROW && --left == 0) {
+          UNROLL for (int t = 0; t < T; t++) scale[t] += TILE, minimum[t] += TILE;
+          left = w.group;
+        }
       }
-    };
-    if (SCALES == PER_ROW || !residuals) {
-      for (int64_t b = 0; b < n_blocks; b++) add_block(b);
-    } else {
-      const int64_t n = count_residuals(n_blocks);
-      for (Window window{}, next; window.block < n_blocks; window = next) {
-        next = window.next(n_blocks);
-        for (int64_t b = window.block; b < next.block; b++) add_block(b);
-        for (int64_t i = window.residual; i < next.residual; i++)
-          UNROLL for (int r = 0; r < R; r++)
-            acc[0][r] = add_residual<BITS, SCALES>(w, tile, part, residuals[r * n + i], acc[0][r]);
-      }
+      for (; SCALES != PER_ROW && i < window.residual; i++)
+        UNROLL for (int r = 0; r < R; r++)
+          acc[0][r] = add_residual<BITS, SCALES>(w, tile, part, residuals[r * count_residuals(n_blocks) + i], acc[0][r]);
     }
     UNROLL for (int t = 0; t < T; t++) {
       const float* by = (const float*)w.scales + std::min(tile + t, end - 1) * TILE + part * W;
@@ -450,8 +444,8 @@ void nf4_scales(const Weight& w, int64_t tile, float* scales) {
 
 // A tile of BF16_SHORT; numbers: room for 16. Few bytes a tile, but somewhere else: no stream that the CPU sees by itself.
 const uint8_t* short_tile(const Weight& w, int64_t tile) {
-  __builtin_prefetch((const uint8_t*)w.scales + (tile + 12) * TILE), __builtin_prefetch(w.starts + tile + 24);
-  __builtin_prefetch(w.escapes + w.starts[tile] + 32);
+  prefetch((const uint8_t*)w.scales + (tile + 12) * TILE), prefetch(w.starts + tile + 24);
+  prefetch(w.escapes + w.starts[tile] + 32);
   return w.quants + (tile / 2 * 2 * w.units(8) + tile % 2) * ShortView::LINES * 64;
 }
 
@@ -489,7 +483,7 @@ void float_tiles(const View* from, int64_t steps, const typename View::X* x, Eve
     auto read = [&](int t) INLINE_LAMBDA {
       View& view = views[t / PARTS];
       if constexpr (R == 1 && View::LINES > 1) return view.load(step, t % PARTS, v[t], (const char*)view.p + next);
-      if (R == 1 && t % PARTS == 0) prefetch((const char*)view.p + next, View::LINES * 64);
+      if (R == 1 && t % PARTS == 0) prefetch<true>((const char*)view.p + next, View::LINES * 64);
       view.load(step, t % PARTS, v[t]);
     };
     auto multiply = [&](int t, int i, int r) INLINE_LAMBDA { acc[t][r] = View::multiply(acc[t][r], v[t][i], x + i * R + r); };
@@ -627,7 +621,6 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
   const Weight& w = *p.weight;
   const int64_t n_blocks = w.units(32), tile_bytes = n_blocks * 64 * (w.kind == BITS4 ? 4 : 8);
   const int64_t first_group = share.first(task.rows.n_groups), n_groups = share.last(task.rows.n_groups) - first_group;
-  const bool by_itself = w.kind == BITS8 && task.rows.n == 1;
   const bool wide = w.kind == BITS8 && !w.group && task.rows.n_groups > 1 && w.n_in >= LONG;
   const int64_t width = wide ? WIDE_TILES : 1;
   const int64_t chunk = wide && n_groups <= FEW_GROUPS ? width : std::max<int64_t>(1, CACHE / tile_bytes / width) * width;
@@ -645,7 +638,7 @@ void integer_share(const Product& p, const Task& task, const Share& share) {
         Evenly ahead;
         if (wide)
           ahead = {(const char*)w.quants + to * tile_bytes, asked, g * (to - from) + tile - from, n_groups * (to - from), width, n_blocks};
-        multiply(w, tile, to, x, residuals, g == 0 && !by_itself, ahead, sums);
+        multiply(w, tile, to, x, residuals, g == 0, ahead, sums);
         float* sum = sums;
         for (const int64_t stop = std::min(to, tile + width); tile < stop; tile++, sum += R * TILE)
           write(p, task.rows, row, R, tile, sum);

@@ -46,7 +46,7 @@ struct ShortView : Multiply {
 
   INLINE void load(int64_t step, int part, vf* v, const char* later = nullptr) {
     const uint8_t* line = p + step * LINES * BESIDE * 64 + part * W * 4;
-    if (later && part == 0) prefetch(later, LINES * 64);
+    if (later && part == 0) prefetch<true>(later, LINES * 64);
     const vi codes = load_bits(line), first = load_bits(line + 64), second = load_bits(line + 128);
     v[0] = number(codes, shift_left<16>(first)), v[1] = number(shift_right<16>(codes), first);
     v[2] = number(shift_right<4>(codes), shift_left<8>(first)), v[3] = number(shift_right<20>(codes), shift_right<8>(first));
@@ -128,7 +128,7 @@ struct ShortPairView : MultiplyPairs {  // as pairs of bf16, which are also writ
   INLINE void load(int64_t step, int, vi* v, const char* later = nullptr) {
     const uint8_t* line = p + step * LINES * BESIDE * 64;
     auto read = [&](int i) INLINE_LAMBDA {
-      if (later) __builtin_prefetch(later + 64 * i);
+      if (later) prefetch<true>(later + 64 * i);
       asm volatile("");  // here: the compiler would gather them
       return load_bits(line + 64 * i);
     };

@@ -448,8 +448,9 @@ INLINE vf tanh(vf x) {  // 1 - 2 / (e^2|x| + 1), and the odd series near 0 where
   return copysign(where_less(a, set1(0.25f), near, far), x);
 }
 
-INLINE void prefetch(const void* p, int64_t bytes) {  // into all caches
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+// Asks for the lines of some bytes; of what will be read ONCE past the larger caches, where it would only drive out others.
+template <bool ONCE = false> INLINE void prefetch(const void* p, int64_t bytes = 64) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, ONCE ? 0 : 3);
 }
 
 // Runs f(T{}) with the element type of a dtype code.
