@@ -294,14 +294,16 @@ enum Scales { PER_ROW, PER_GROUP, WITH_MINIMUM };
 // one tile one `later` is asked for.
 template <int BITS, int R, int T, int N>
 INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N], const uint8_t* later = nullptr) {
-  vi line[T], v[T];
+  vi line[T], v[T], sum[T][N];
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int r = 0; r < N; r++) sum[t][r] = IN_PAIRS<BITS> ? set1_bits(0) : dot[t][r];
   auto multiply = [&](const int32_t* x) INLINE_LAMBDA {
     UNROLL for (int r = 0; r < N; r++) {
       if constexpr (T == 1) {
-        dot[0][r] = dot4<BITS>(dot[0][r], v[0], x + r);
+        sum[0][r] = dot4<BITS>(sum[0][r], v[0], x + r);
       } else {  // loads bound it: one for all tiles
         const vi quad = set1_bits(uint32_t(x[r]));
-        UNROLL for (int t = 0; t < T; t++) dot[t][r] = dot4<BITS>(dot[t][r], v[t], quad);
+        UNROLL for (int t = 0; t < T; t++) sum[t][r] = dot4<BITS>(sum[t][r], v[t], quad);
       }
     }
   };
@@ -317,6 +319,8 @@ INLINE void dot_block(const uint8_t* const* q, const int32_t* quads, vi (*dot)[N
     }
     if (later) prefetch<R == 1>(later + 64 * j);
   }
+  UNROLL for (int t = 0; t < T; t++)
+    UNROLL for (int r = 0; r < N; r++) dot[t][r] = IN_PAIRS<BITS> ? add_pairs(dot[t][r], sum[t][r]) : sum[t][r];
 }
 
 // acc + the product of what is left of a block with a part of a tile.

@@ -63,14 +63,15 @@ INLINE vf lookup16(const float* table, vi index) {
   vf high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
   return _mm256_blendv_ps(low, high, as_float(shift_left<28>(index)));  // chosen by bit 3
 }
-// The 16-bit sums of two products never saturate: 2 * 15 * 127 and 2 * 128 * 127 are below 2^15.
+// The 16-bit sums of two products never saturate: 2 * 128 * 127 is below 2^15, and at 4 bits even the sum of a block's 8.
+template <int BITS> constexpr bool IN_PAIRS = BITS == 4;
 INLINE vi add_pairs(vi acc, vi products) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
 INLINE vi signed_operand(vi w) { return w; }
 template <int BITS> INLINE vi dot4(vi acc, vi w, const int32_t* quad) {
   const vi a = set1_bits(uint32_t(*quad));
-  if (BITS == 4) return add_pairs(acc, _mm256_maddubs_epi16(w, a));
+  if (IN_PAIRS<BITS>) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a));
   return add_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
 }
 
@@ -98,6 +99,11 @@ template <int BITS> INLINE vi dot4(vi acc, vi w, const int32_t* quad) {
   acc += (vi)(((vs)(w << 8) >> 24) * ((vs)(a << 8) >> 24));
   return acc + (vi)(((vs)w >> 24) * ((vs)a >> 24));
 }
+#endif
+
+#if !SIMD_AVX2
+template <int BITS> constexpr bool IN_PAIRS = false;  // whether dot4 sums two products in 16 bits each, for add_pairs to add up
+INLINE vi add_pairs(vi acc, vi) { return acc; }
 #endif
 
 #if !SIMD_AVX512
