@@ -79,6 +79,17 @@ def test_integer_product_is_that_of_the_rounded_activations(kernels, format, sha
         assert_product(linear(x, packed), rounded(x, fine), packed, steps=steps, slack=step)
 
 
+@pytest.mark.parametrize("format", INTEGER)
+def test_integers_of_full_size_do_not_overflow(kernels, format):
+    weight = torch.ones(20, 96)
+    weight[:, ::32] = 0.0  # the others are the largest number of their format
+    weight[10:] *= -1
+    packed = pack(weight, format)
+    for sign in (1.0, -1.0):
+        x = torch.full((3, 96), sign)
+        assert_product(linear(x, packed), rounded(x, format in GGUF_BLOCK), packed, steps=46)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("shape", [(37, 100), (5, 7), (200, 330), (16, 64), (50, 1030)])
 def test_bf16_in_12_bits_gives_the_bits_of_bf16(kernels, monkeypatch, shape, exact, two_threads):
