@@ -25,13 +25,13 @@ TEMPLATE = """\
 
 
 class Scripted:
-    """answers: what to say, one after the other, the last one again and again; `delay` seconds before every token.
+    """answers: what to say, one after the other, the last one again and again; while `held`, only their first tokens.
     `seen` are the requests; `cancelled` counts streams that ended early."""
 
-    def __init__(self, *answers: str, delay: float = 0.0, most: int = 1000, template: str | None = TEMPLATE):
+    def __init__(self, *answers: str, held: bool = False, most: int = 1000, template: str | None = TEMPLATE):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = template
-        self.answers, self.delay, self.most = list(answers) or ["hello"], delay, most
+        self.answers, self.held, self.most = list(answers) or ["hello"], held, most
         self.engine = SimpleNamespace(tokenizer=tokenizer, context=4096, adapters=SimpleNamespace(names=["pirate"]))
         self.thread = SimpleNamespace(is_alive=lambda: True)
         self.seen, self.open, self.cancelled = [], 0, 0
@@ -67,8 +67,10 @@ class Stream:
             for index in range(sampling.n):
                 stream = self.owner.engine.tokenizer.stream()
                 for token in tokens:
-                    await asyncio.sleep(self.owner.delay)
+                    await asyncio.sleep(0)
                     yield Output(index, stream.push(token), [token])
+                    while self.owner.held:
+                        await asyncio.sleep(0.01)
                 if self.owner.error:
                     yield Output(index, finish_reason="error", error=self.owner.error)
                     return

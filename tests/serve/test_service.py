@@ -226,7 +226,7 @@ def test_the_page_and_no_other_file(scripted):
 
 
 def test_beyond_the_queue_clients_come_back_later():
-    engine = Scripted("hello " * 20, delay=0.01, most=2)
+    engine = Scripted("hello there", held=True, most=2)
     with serving(engine) as running:
         many = [threading.Thread(target=running.post, args=(COMPLETIONS,), kwargs={"json": ASKED}) for _ in range(2)]
         for each in many:
@@ -236,6 +236,7 @@ def test_beyond_the_queue_clients_come_back_later():
         refused(answer, 429)
         assert int(answer.headers["retry-after"]) >= 1
         refused(running.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]}), 429)
+        engine.held = False
         for each in many:
             each.join()
         refused(running.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]}), 429)  # all of them or none
@@ -245,10 +246,10 @@ def test_beyond_the_queue_clients_come_back_later():
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
 def test_the_work_ends_when_the_client_leaves(stream, prompt):
-    engine = Scripted("hello " * 1000, delay=0.01)
+    engine = Scripted("hello there", held=True)
     with serving(engine) as running:
         client = HTTPConnection(running.url.removeprefix("http://"), timeout=60)
-        body = {"prompt": prompt, "stream": stream, "max_tokens": 5000}
+        body = {"prompt": prompt, "stream": stream}
         client.request("POST", COMPLETIONS, json.dumps(body), {"content-type": "application/json"})
         wait_for(lambda: engine.open == len(prompt))
         if stream:
@@ -295,10 +296,10 @@ def test_a_cached_prefix_is_told_of(tiny_server):
 
 
 def test_the_end_waits_for_what_runs_and_refuses_the_rest():
-    engine = Scripted("hello " * 10, delay=0.02)
+    engine = Scripted("hello there", held=True)
     with (
         serving(engine) as running,
-        running.http.stream("POST", COMPLETIONS, json={**ASKED, "stream": True, "max_tokens": 99}) as answer,
+        running.http.stream("POST", COMPLETIONS, json={**ASKED, "stream": True}) as answer,
     ):
         lines = answer.iter_lines()
         next(lines)
@@ -306,20 +307,20 @@ def test_the_end_waits_for_what_runs_and_refuses_the_rest():
         with httpx.Client(base_url=running.url) as another:
             refused(another.post(COMPLETIONS, json=ASKED), 503, "shutting down")
             refused(another.get("/health"), 503)
+        engine.held = False
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert engine.cancelled == 0
 
 
 def test_the_end_waits_no_longer_than_told(make_engine):
     engine = make_engine()
+    step = engine.engine.step
+    engine.engine.step = lambda: time.sleep(0.1) or step()
     with serving(engine, shutdown=0.3) as running:
-        body = {**ASKED, "stream": True, "max_tokens": 500, "ignore_eos": True, "n": 64}
+        body = {**ASKED, "stream": True, "max_tokens": 500, "ignore_eos": True}
         with running.http.stream("POST", COMPLETIONS, json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
-            start = time.monotonic()
             running.server.handle_exit(15, None)
-            last = [line for line in lines if line][-1]
-        assert "shutting down" in last or last == "data: [DONE]"
-        assert time.monotonic() - start < 3
+            assert "shutting down" in [line for line in lines if line][-1]
     assert engine.stats()["kv_blocks_used"] == 0
