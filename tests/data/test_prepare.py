@@ -167,7 +167,7 @@ def test_number_of_processes_makes_no_difference(tmp_path, tokenizer_dir, monkey
 def test_killed_and_resumed_is_bit_identical(tmp_path, tokenizer_dir):
     (tmp_path / "src").mkdir()
     for i in range(40):
-        lines = "\n".join(json.dumps({"text": text}) for text in make_texts(100, seed=i))
+        lines = "\n".join(json.dumps({"text": text}) for text in make_texts(300, seed=i))
         (tmp_path / "src" / f"{i:02}.jsonl").write_text(lines)
     tail = ["--tokenizer", str(tokenizer_dir), "--shard_tokens", "5000", "--val_fraction", "0.2", "--workers", "2"]
     command = [sys.executable, "-m", "pagoda", "prepare", str(tmp_path / "src")]
