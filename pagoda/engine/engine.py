@@ -8,7 +8,7 @@ and in any company, bit for bit, with the CPU kernels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,7 +128,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises PagodaError for what cannot be answered."""
-        prompt, o, vocab_size = request.prompt, request.sampling, self.model.config.vocab_size
+        prompt, o = request.prompt, request.sampling
         if not prompt:
             raise PagodaError("the prompt is empty: give at least one token")
         if len(prompt) >= self.context:
@@ -136,10 +136,8 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the model's context is {self.context}: "
                 f"shorten it to {self.context - 1} or less"
             )
-        if bad := [t for t in prompt if not 0 <= t < vocab_size]:
-            raise PagodaError(f"token {bad[0]} is outside the model's vocabulary of {vocab_size}")
-        if bad := [t for t in o.logit_bias if not 0 <= t < vocab_size]:
-            raise PagodaError(f"logit_bias names token {bad[0]}, outside the vocabulary of {vocab_size}")
+        self.check_tokens(prompt)
+        self.check_tokens(o.logit_bias, "logit_bias: ")
         if request.adapter is not None and request.adapter not in self.adapters.names:
             raise PagodaError(f"no adapter '{request.adapter}' is loaded")
         if o.guided is not None:
@@ -149,6 +147,12 @@ class Engine:
         each = self.scheduler.n_blocks(len(prompt) + self._most(request))
         if o.beam_width * each > self.scheduler.blocks.n:
             raise PagodaError(f"{o.beam_width} beams do not fit the key/value cache: fewer beams or tokens do")
+
+    def check_tokens(self, ids: Iterable[int], where: str = "") -> None:
+        if bad := [t for t in ids if not 0 <= t < self.model.config.vocab_size]:
+            raise PagodaError(
+                f"{where}token {bad[0]} is outside the model's vocabulary of {self.model.config.vocab_size}"
+            )
 
     def add(self, request: Request) -> Group:
         self.check(request)

@@ -119,6 +119,7 @@ class LLM:
             raise PagodaError("a text needs two tokens or more to be scored")
         if len(ids) > self.model.config.block_size:
             raise PagodaError(f"the text has {len(ids)} tokens and the context is {self.model.config.block_size}")
+        self.engine.check_tokens(ids)
         tokens = torch.tensor(ids, device=self.model.device)
         losses = self.model(tokens[:-1], targets=tokens[1:])
         return [(token, -loss) for token, loss in zip(ids[1:], losses.tolist())]

@@ -35,7 +35,7 @@ HF_ACTIVATIONS = {
 
 def activation(x: Tensor, act: str) -> Tensor:
     """`act(x)`, element by element."""
-    if x.dtype in cpu.FLOATS:
+    if x.dtype in cpu.FLOATS and x.dim():
         if cpu.usable(x):
             return _kernel(x, None, act)
         if cpu.trains(x):
@@ -45,7 +45,7 @@ def activation(x: Tensor, act: str) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """`act(gate) * up`, both (..., intermediate_size)."""
-    if gate.dtype in cpu.FLOATS and up.dtype == gate.dtype and up.shape == gate.shape:
+    if gate.dtype in cpu.FLOATS and up.dtype == gate.dtype and up.shape == gate.shape and gate.dim():
         if cpu.usable(gate):
             return _kernel(gate, up, act)
         if cpu.trains(gate):

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
 
+FEWER_KEYS = "seq_lens has fewer keys of a sequence than it has queries"
+
 
 def attention(
     q: Tensor,
@@ -71,6 +73,8 @@ def attention(
         if block_table is None:
             keys, values = k[start:end], v[start:end]
         else:
+            if lengths[s] < end - start:
+                raise ValueError(FEWER_KEYS)
             pages = block_table[s, : -(-lengths[s] // k.shape[1])]
             keys = _gather(k, pages, lengths[s], k_scale, q.dtype)
             values = _gather(v, pages, lengths[s], v_scale, q.dtype)
@@ -219,7 +223,7 @@ def preferred_page_size(device: torch.device, longest: int) -> int:
 
 
 def _kernel_takes(q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale) -> bool:
-    if not (cpu.usable(q) and q.dtype in cpu.FLOATS and v.dtype == k.dtype and cu_seqlens.dtype == torch.int32):
+    if not (cpu.usable(q) and q.dtype in cpu.FLOATS and v.dtype == k.dtype and _are_bounds(cu_seqlens)):
         return False
     if block_table is None:
         return k.dtype in cpu.FLOATS
@@ -228,14 +232,20 @@ def _kernel_takes(q, k, v, cu_seqlens, block_table, seq_lens, k_scale, v_scale) 
         and (k.dtype == torch.int8) == (k_scale is not None and v_scale is not None)
         and k.is_contiguous()
         and v.is_contiguous()
-        and block_table.dtype == seq_lens.dtype == torch.int32
+        and block_table.dtype == torch.int32
         and block_table.stride(1) == 1
+        and _are_bounds(seq_lens)
+        and cpu.are_scales(k_scale, v_scale)
     )
+
+
+def _are_bounds(x: Tensor) -> bool:
+    return x.dtype == torch.int32 and x.is_contiguous()
 
 
 def _kernel_trains(q, k, v, cu_seqlens) -> bool:
     takes = cpu.trains(q) or (torch.compiler.is_compiling() and cpu.kernels is not None and q.is_cpu)
-    return takes and q.dtype in cpu.FLOATS and q.dtype == k.dtype == v.dtype and cu_seqlens.dtype == torch.int32
+    return takes and q.dtype in cpu.FLOATS and q.dtype == k.dtype == v.dtype and _are_bounds(cu_seqlens)
 
 
 def _kernel(

@@ -44,7 +44,7 @@ def linear(
         return _reference(x, weight, bias, residual)
     x, rows, stride, lead = _rows(x, n_in)
     y = x.new(rows, n_out)  # half the cost of new_empty
-    bias, residual = _like(bias, x), _like(residual, x)
+    bias, residual = _like(bias, x, (n_out,)), _like(residual, x, (*(lead or (rows,)), n_out))
     plus = 0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr()
     cpu.kernels.linear(y.data_ptr(), address, x.data_ptr(), *plus, rows, stride, _FLOATS[x.dtype])
     return y if lead is None else y.view(*lead, n_out)
@@ -53,7 +53,7 @@ def linear(
 def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
     """`[linear(x, w) for w in weights]`, bit for bit, but x is rounded once and the threads wake once."""
     views = [w.kernel_view() for w in weights] if cpu.usable(x) and x.dtype in _FLOATS else []
-    if not views or not all(address for address, _, _ in views):
+    if not views or not all(address and n_in == x.shape[-1] for address, _, n_in in views):
         return [linear(x, w) for w in weights]
     x, rows, stride, lead = _rows(x, views[0][2])
     ys = [x.new(rows, n_out) for _, n_out, _ in views]
@@ -65,13 +65,14 @@ def linear_many(x: Tensor, weights: list[PackedWeight]) -> list[Tensor]:
 def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """Rows of weight (n_rows, n) by ids (N,) int64: (N, n), for a PackedWeight in its `dtype`."""
     if not isinstance(weight, PackedWeight):
-        if not (cpu.usable(ids) and weight.is_cpu and weight.is_contiguous()):
+        if not (cpu.usable(ids) and ids.dtype == torch.int64 and weight.is_cpu and weight.is_contiguous()):
             return F.embedding(ids, weight)
         y, ids = weight.new_empty(*ids.shape, weight.shape[1]), ids.contiguous()
         size = weight.shape[1] * weight.element_size()
         cpu.kernels.rows(y.data_ptr(), weight.data_ptr(), ids.data_ptr(), ids.numel(), len(weight), size)
         return y
-    address, _, n = weight.kernel_view() if cpu.usable(ids) and weight.dtype in _FLOATS else (0, 0, 0)
+    takes = cpu.usable(ids) and ids.dtype == torch.int64 and weight.dtype in _FLOATS
+    address, _, n = weight.kernel_view() if takes else (0, 0, 0)
     if not address:
         return weight.rows(ids).to(weight.dtype)
     y = torch.empty(len(ids), n, dtype=weight.dtype)
@@ -129,6 +130,8 @@ def multiplies(a: Tensor, b: Tensor) -> bool:
         return False
     if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.bfloat16) or not a.numel() or not b.numel():
         return False
+    if a.shape[1] != b.shape[0]:  # PyTorch says what is wrong
+        return False
     if 1 not in a.stride() or 1 not in b.stride():
         return False
     return a.dtype == torch.float32 or a.stride(1) != 1 or a.stride(0) % 2 == a.shape[1] % 2 == 0
@@ -141,7 +144,8 @@ def multiply(
     column by column."""
     (m, k), (a_stride, a_one), (b_stride, b_one), n = a.shape, a.stride(), b.stride(), b.shape[1]
     out = a.new_empty(m, n) if out is None else out
-    tensors = cpu.pointers(out, a, b, _like(bias, a), sums)
+    bias = _like(bias, a, (n,))  # held: a copy must outlive the call
+    tensors = cpu.pointers(out, a, b, bias, sums)
     strides = a_stride if a_one == 1 else a_one, b_stride if b_one == 1 else b_one
     cpu.kernels.matmul(*tensors, m, n, k, *strides, a_one != 1, b_one != 1, cpu.DTYPE[a.dtype])
     return out
@@ -221,8 +225,11 @@ def _rows(x: Tensor, n_in: int) -> tuple[Tensor, int, int, torch.Size | None]:
     return x.contiguous(), x.numel() // n_in, n_in, shape[:-1]
 
 
-def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
-    return t if t is None or (t.dtype == x.dtype and t.is_contiguous()) else t.to(x.dtype).contiguous()
+def _like(t: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """t of x's dtype and this shape, dense."""
+    if t is None or (t.dtype == x.dtype and t.shape == shape and t.is_contiguous()):
+        return t
+    return t.to(x.dtype).expand(shape).contiguous()
 
 
 def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ def _reference(hidden, weight, targets, bias, softcap, z_loss, chunk) -> Tensor:
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         normalizer = logits.logsumexp(-1)
-        picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+        picked = logits.gather(1, targets.masked_fill(targets == IGNORE, 0)[:, None])[:, 0]
         return torch.where(targets == IGNORE, 0.0, normalizer - picked + z_loss * normalizer.square())
 
     parts = zip(hidden.split(chunk), targets.split(chunk))
@@ -165,13 +165,14 @@ def _logits(hidden: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) 
 def _softmax(losses: Tensor, logits: Tensor, targets: Tensor, softcap: float, z_loss: float) -> None:
     """Writes each row's loss, and over its logits the gradient of that loss."""
     if cpu.usable(logits) and logits.dtype in cpu.FLOATS and logits.is_contiguous():
-        targets = targets.contiguous()
+        targets = targets.long().contiguous()
         tensors = cpu.pointers(losses, logits, targets)
         cpu.kernels.cross_entropy(*tensors, *logits.shape, cpu.DTYPE[logits.dtype], IGNORE, softcap, z_loss)
         return
     piece = PIECE if logits.is_cpu else max(len(logits), 1)
     for loss, rows, target in zip(losses.split(piece), logits.split(piece), targets.split(piece)):
-        x, index, scored = rows, target.clamp_min(0)[:, None], (target != IGNORE)[:, None]
+        scored = (target != IGNORE)[:, None]
+        x, index = rows, target[:, None].masked_fill(~scored, 0)
         if softcap:
             t = torch.tanh(rows.float() / softcap)
             x = softcap * t

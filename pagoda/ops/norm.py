@@ -38,7 +38,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 def add(x: Tensor, delta: Tensor) -> Tensor:
     """The residual step alone: `x + delta`, both (..., n)."""
-    if _kernel_takes(x, delta) and x.is_contiguous() and delta.shape == x.shape and delta.dtype == x.dtype:
+    like = delta.shape == x.shape and delta.dtype == x.dtype and delta.is_contiguous()
+    if like and cpu.usable(x) and x.dtype in cpu.FLOATS and x.is_contiguous():
         y = x.new_empty(x.shape)
         cpu.kernels.add(y.data_ptr(), x.data_ptr(), delta.data_ptr(), x.numel(), cpu.DTYPE[x.dtype])
         return y
@@ -69,11 +70,16 @@ def add_layer_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
-    return cpu.usable(x) and x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS and weight.is_contiguous()
+    return cpu.usable(x) and _fits(x, weight)
 
 
 def _kernel_trains(x: Tensor, weight: Tensor) -> bool:
-    return cpu.trains(x) and x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS and weight.is_contiguous()
+    return cpu.trains(x) and _fits(x, weight)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    kinds = x.dtype in cpu.FLOATS and weight.dtype in cpu.FLOATS
+    return kinds and weight.shape == x.shape[-1:] and weight.is_contiguous()
 
 
 def _kernel_norm(
@@ -85,7 +91,7 @@ def _kernel_norm(
     if delta is not None:
         total = y.new_empty(y.shape)
         delta, _, delta_stride = cpu.rows(delta)
-    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    bias = None if bias is None else bias.to(weight.dtype).expand(weight.shape).contiguous()
     layout = n_rows, x.shape[-1], stride, delta_stride, cpu.DTYPE[x.dtype], cpu.DTYPE[weight.dtype]
     if offset is None:
         cpu.kernels.layer_norm(*cpu.pointers(y, total, x, delta, weight, bias), *layout, eps)

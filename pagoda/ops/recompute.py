@@ -14,15 +14,21 @@ SMALL = 2**20  # bytes
 
 
 def made_by(y: Tensor, function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """y, marked: `function(*tensors)`, without gradients, gives the same bits. Copies and views are not marked."""
+    """y, marked: `function(*tensors)`, without gradients, gives the same bits. Copies and views are not marked, and
+    a change in place, of y or of what it is made from, ends it."""
     if y.nbytes > SMALL:
-        y.recipe = function, tensors
+        y.recipe = function, tensors, _versions(y, *tensors)
     return y
 
 
 def to_keep(x: Tensor) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """(function, tensors): what to keep in place of x, and the function that gives x from it."""
-    return getattr(x, "recipe", (_itself, (x,)))
+    function, tensors, versions = getattr(x, "recipe", (None, (), None))
+    return (function, tensors) if function and versions == _versions(x, *tensors) else (_itself, (x,))
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def _pages_fit(k_pages: Tensor, v_pages: Tensor, slots: Tensor, k_scale: Tensor 
         and v_pages.is_contiguous()
         and slots.dtype == torch.int64
         and slots.is_contiguous()
+        and cpu.are_scales(k_scale, v_scale)
     )
 
 
@@ -109,9 +110,10 @@ def _kernel_store(q_out, q, k, v, cos, sin, k_pages, v_pages, slots, k_scale, v_
     k, v = cpu.heads(k), cpu.heads(v)
     n, n_kv_head, head_size = k.shape
     n_head, half, q_stride = (0, 0, 0) if q is None else (q.shape[1], cos.shape[1], q.stride(0))
+    n_slots = k_pages.shape[0] * k_pages.shape[1]
     cpu.kernels.rotary_store(
         *cpu.pointers(q_out, q, k, v, cos, sin, k_pages, v_pages, k_scale, v_scale, slots),
-        *(n, n_head, n_kv_head, head_size, half, q_stride, k.stride(0), v.stride(0)),
+        *(n, n_slots, n_head, n_kv_head, head_size, half, q_stride, k.stride(0), v.stride(0)),
         *(cpu.DTYPE[k.dtype], cpu.DTYPE[k_pages.dtype]),
     )
 

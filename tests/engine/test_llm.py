@@ -1,12 +1,13 @@
 """`LLM` on the default model, beside transformers on the same (dequantized) weights."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 import tiny
 import torch
 
-from pagoda import LLM, PagodaError
+from pagoda import LLM, PagodaError, Sampling
 from pagoda.engine.llm import load_model
 from pagoda.engine.options import Weights
 from pagoda.models.batch import Batch
@@ -25,6 +26,21 @@ def test_nf4_is_invariant_when_asked(tmp_path):
         alone = model(prompts[0])
     if cpu.kernels is not None:
         assert torch.equal(together[:50], alone)
+
+
+def test_two_models_in_two_threads(tmp_path):
+    """Each records its steps while the other computes."""
+    tiny.saved("llama", tmp_path)
+    models = [load_model(tmp_path, Weights(device="cpu", quantize="int8"))[0] for _ in range(2)]
+    options = Sampling(temperature=0, max_new_tokens=30, ignore_eos=True)
+    expected = tiny.generate(models[0], [[1, 2, 3]], options)
+
+    def work(model):
+        return [tiny.generate(model, [[1, 2, 3]], options) for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for answers in pool.map(work, models):
+            assert answers == [expected] * 20
 
 
 TEXT = "The sun rose over the quiet harbour, and the first boats left for the open sea."
@@ -77,6 +93,12 @@ def test_greedy_tokens_equal_transformers(llm, reference):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("ids", [[1, 2, 49152], [1, 2, -1], [1, 49152, 2], [1, 2, 2**40]])
+def test_tokens_outside_the_vocabulary_have_no_score(llm, ids):
+    with pytest.raises(PagodaError, match="outside the model's vocabulary of 49152"):
+        llm.score(ids)
+
+
 def test_scores_equal_transformers(llm, reference):
     ids = torch.tensor(llm.encode(TEXT))
     expected = reference(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]

@@ -166,6 +166,24 @@ def test_norms(path, dtype, n, width):
     check(lambda x, d, w, b: add_layer_norm(x, d, w, b, 1e-5), exact_add_layer, x, delta, weight, bias, slack=3)
 
 
+@pytest.mark.parametrize("width", [16, 17, 33, 100])
+def test_layer_norm_of_rows_far_from_zero(path, width):
+    """As near to float64 as PyTorch's own in float32, to a factor: a variance is no difference of large sums."""
+    x, weight, bias, grad = torch.randn(8, width) + 1000, torch.randn(width), torch.randn(width), torch.randn(8, width)
+
+    def slope(norm, dtype):
+        leaf = x.clone().to(dtype).requires_grad_()
+        norm(leaf, *(t.to(dtype) for t in (weight, bias))).backward(grad.to(dtype))
+        return leaf.grad.double()
+
+    def torchs(x, weight, bias):
+        return F.layer_norm(x, (width,), weight, bias, 1e-5)
+
+    exact, theirs = slope(torchs, torch.float64), slope(torchs, torch.float32)
+    ours = slope(lambda x, w, b: layer_norm(x, w, b, 1e-5), torch.float32)
+    assert (ours - exact).abs().max() <= 4 * (theirs - exact).abs().max()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("n", "head_size", "half"), [(1, 64, 32), (37, 64, 32), (5, 80, 10), (3, 6, 3)])
 def test_rotary(path, dtype, n, head_size, half):
@@ -237,6 +255,17 @@ def test_a_norm_or_gate_before_a_product_is_not_kept(path, monkeypatch):
         y = mlp(*(t.requires_grad_() for t in (x, delta, weight, up, down)))
     assert len(kept) == 5  # three weights, x + delta, and what gate and up share
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("change", ["result", "input"])
+def test_what_was_changed_in_place_is_not_made_again(path, monkeypatch, change):
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    x, weight, gain = torch.randn(20, 16), torch.randn(8, 16).requires_grad_(), torch.rand(16)
+    y = rms_norm(x, gain, 1e-5)
+    (y if change == "result" else x).mul_(3)
+    expected = torch.ones(20, 8).T @ y
+    linear(y, weight).sum().backward()
+    close(weight.grad, expected)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -291,6 +291,26 @@ def test_pages_side_by_side_are_read_as_scattered_ones_are(kernels, page_size, d
     assert torch.equal(flat.run(), scattered)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("lengths", [(0, 20), (20, 0), (20, 2)])
+def test_fewer_keys_than_queries_are_an_error(kernels, monkeypatch, reference, lengths):
+    flat = Flat((1, 3), (20, 20), 4, 2, 64, torch.float32)
+    flat.lengths = lengths
+    if reference:
+        monkeypatch.setattr(cpu, "kernels", None)
+    with pytest.raises(ValueError, match="fewer keys"):
+        flat.run()
+
+
+def test_lengths_and_scales_need_not_be_dense(kernels):
+    flat = Flat((1, 1), (20, 50), 4, 2, 64, torch.float32, torch.int8)
+    lengths, bounds = (torch.tensor(x, dtype=torch.int32)[::2] for x in ([20, 7, 50, 9], [0, 9, 1, 9, 2, 9]))
+    wide = [torch.stack((s, s), -1)[..., 0] for s in flat.scales]
+    tensors = dict(cu_seqlens=bounds, seq_lens=lengths, block_table=flat.block_table, k_scale=wide[0], v_scale=wide[1])
+    y = attention(flat.q, *flat.pages, max_seqlen=1, max_seq_len=50, scale=0.125, **tensors)
+    close(y, flat.exact())
+
+
 def test_nan_and_infinity_reach_their_own_sequence_and_no_other(kernels):
     torch.manual_seed(8)
     for bad in (torch.nan, torch.inf, -torch.inf):
@@ -376,6 +396,22 @@ def test_rotary_store_is_rotary_then_store(kernels, dtype, cache_dtype):
         assert torch.equal(values, v.to(cache_dtype))
 
 
+@pytest.mark.parametrize("slot", [-1, 8])
+def test_a_slot_outside_the_pages_is_an_error(kernels, slot):
+    pages, k = torch.zeros(4, 4, 1, 16), torch.randn(2, 1, 16)
+    with pytest.raises(IndexError):
+        store_kv(k, k, pages[1:3], pages[1:3].clone(), torch.tensor([0, slot]))
+    assert not pages.any()
+
+
+def test_scales_of_a_wider_tensor_are_written_where_they_are(kernels):
+    k, wide = torch.randn(3, 2, 16), torch.zeros(2, 1, 4, 4)
+    pages = [torch.zeros(1, 4, 2, 16, dtype=torch.int8) for _ in range(2)]
+    store_kv(k, k, *pages, torch.arange(3), wide[0][..., :2], wide[1][..., 2:])
+    assert torch.equal(wide[0][0, :3, :2], k.abs().amax(-1) / 127)
+    assert not wide[0][..., 2:].any()
+
+
 def test_int8_cache_survives_zeros_and_poison(kernels):
     k = torch.zeros(3, 1, 16)
     k[1, 0, 3], k[2, 0, 3] = torch.nan, torch.inf
@@ -416,6 +452,17 @@ def test_norms_match_the_formula(kernels, dtype, n, width):
     total, y = add_layer_norm(x, delta, weight, bias, 1e-5)
     assert torch.equal(total, x + delta)
     close(y, exact_layer(total), slack=slack)
+
+
+def test_weights_of_another_length_are_pytorchs_errors(kernels):
+    x = torch.randn(2, 64)
+    for weight in (torch.ones(8), torch.ones(80)):
+        for norm in (lambda: rms_norm(x, weight, 1e-5), lambda: layer_norm(x, weight, None, 1e-5)):  # noqa: B023
+            with pytest.raises(RuntimeError):
+                norm()
+    with pytest.raises(RuntimeError):
+        layer_norm(x, torch.ones(64), torch.ones(8), 1e-5)
+    assert activation(torch.tensor(1.0), "silu").shape == ()
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

@@ -174,6 +174,27 @@ def test_strides_and_leading_dimensions(kernels):
         linear(wide, packed)
 
 
+def test_what_is_added_may_be_of_another_dtype_shape_or_stride(kernels):
+    packed, x = pack(torch.randn(37, 100), "int8"), torch.randn(6, 100)
+    y, bias, residual = linear(x, packed), torch.randn(37, 2)[:, 0], torch.randn(37, 6).t()
+    assert torch.equal(linear(x, packed, bias), linear(x, packed, bias.contiguous()))
+    assert torch.equal(linear(x, packed, bias.double()), linear(x, packed, bias.contiguous()))
+    torch.testing.assert_close(linear(x, packed, bias, residual), y + bias + residual)
+    torch.testing.assert_close(linear(x, packed, bias[:1], bias), y + bias[0] + bias)
+    torch.testing.assert_close(linear(x[0], packed, None, residual[0]), y[0] + residual[0])
+    for wrong in (bias[:3], bias.repeat(2)):
+        with pytest.raises(RuntimeError):
+            linear(x, packed, wrong)
+    with pytest.raises(ValueError, match="columns"):
+        linear_many(x, [packed, pack(torch.randn(37, 64), "int8")])
+
+
+def test_rows_by_ids_of_another_type(kernels):
+    matrix, ids = torch.randn(10, 4), torch.tensor([1, 0, 9, 0], dtype=torch.int32)
+    for weight in (matrix, pack(matrix, "float32")):
+        assert torch.equal(embedding(ids, weight), matrix[ids])
+
+
 def test_mixed_formats_in_one_call(kernels):
     weights = [pack(torch.randn(n, 96), format) for n, format in zip((40, 3, 16, 17, 33, 5, 64, 2), FORMATS)]
     for rows in (1, 30):
@@ -203,8 +224,9 @@ def test_embedding_is_the_dequantized_row(kernels, format, dtype):
     ids = torch.tensor([36, 0, 17, 17, 5, 31, 32, 2, 3, 4] * 3)
     assert torch.equal(embedding(ids, packed), packed.dequantize(dtype)[ids])
     assert embedding(ids[:0], packed).shape == (0, 100)
-    with pytest.raises(IndexError):
-        embedding(torch.tensor([37]), packed)
+    for outside in (-1, 37):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([outside]), packed)
 
 
 @pytest.mark.parametrize("rows", [5, 60])  # few, and as many as a matrix unit multiplies
@@ -329,6 +351,20 @@ def test_products_of_matrices_in_either_order(kernels, two_threads, monkeypatch,
         sums = torch.full((m,), torch.nan)
         assert torch.equal(multiply(a, b, bias, sums=sums), y)
         torch.testing.assert_close(sums.double(), a.double().sum(1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_of_a_product_may_be_of_another_dtype_or_stride(kernels, monkeypatch, dtype):
+    monkeypatch.setattr(cpu, "MULTIPLIES", True)
+    x, weight, tolerance = torch.randn(32, 64).to(dtype), torch.randn(48, 64).to(dtype), 2**-7
+    for bias in (torch.randn(48), torch.randn(48, 2)[:, 0], torch.randn(48).double(), torch.randn(1)):
+        exact = x.double() @ weight.double().T + bias.double()
+        torch.testing.assert_close(linear(x, weight, bias).double(), exact, rtol=tolerance, atol=20 * tolerance)
+    for wrong in (weight[:, :32], weight.repeat(1, 2)):
+        with pytest.raises(RuntimeError):
+            linear(x, wrong)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, torch.randn(3))
 
 
 def test_what_the_products_do_not_take(monkeypatch):

@@ -92,6 +92,20 @@ def test_no_tokens_and_nothing_scored():
     assert not hidden.grad.any()
 
 
+@pytest.mark.parametrize("target", [VOCAB, VOCAB + 5, -1, -101, 2**40])
+def test_a_target_outside_the_vocabulary_is_an_error(target):
+    hidden, weight, bias, targets = inputs()
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, weight, targets, bias)
+
+
+def test_targets_of_32_bits():
+    hidden, weight, bias, targets = inputs()
+    losses = linear_cross_entropy(hidden, weight, targets, bias)
+    assert torch.equal(linear_cross_entropy(hidden, weight, targets.int(), bias), losses)
+
+
 def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch):
     rows = []
     linear = F.linear

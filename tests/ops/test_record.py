@@ -1,11 +1,14 @@
 """Recordings: the same bits as the calls that were recorded, with any number of threads, beside other work too."""
 
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
 
+from pagoda.ops import cpu
 from pagoda.ops.attention import attention
 from pagoda.ops.cpu.record import Recording
 from pagoda.ops.formats import pack
@@ -81,6 +84,39 @@ def test_busy_cores_make_it_slower_and_nothing_else(kernels):
         for other in others:
             other.join()
         torch.set_num_threads(before)
+
+
+def test_threads_that_record_or_compute_do_not_meet(kernels):
+    """What one thread calls while another records is not the other's."""
+    _, _, function = layers("int8", 1)
+    expected, n_calls, over = function().clone(), len(Recording(function).calls), threading.Event()
+
+    @torch.no_grad()
+    def record():
+        for _ in range(30):
+            recording = Recording(function)
+            assert len(recording.calls) == n_calls
+            assert torch.equal(recording(), expected)
+
+    @torch.no_grad()
+    def compute():
+        x, gain = torch.randn(3, 64), torch.ones(64)
+        y = rms_norm(x, gain, 1e-5)
+        while not over.is_set():
+            assert torch.equal(rms_norm(x, gain, 1e-5), y)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            other, *recorders = pool.submit(compute), pool.submit(record), pool.submit(record)
+            wait(recorders)
+            over.set()
+            for done in (*recorders, other):
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert cpu.kernels is kernels
 
 
 def test_a_bad_row_number_is_an_error_and_leaves_the_recording_whole(kernels, threads):

@@ -138,5 +138,10 @@ def heads(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+def are_scales(*tensors: torch.Tensor | None) -> bool:
+    """Whether the kernels can read them as the scales of an int8 cache."""
+    return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+
+
 def pointers(*tensors: torch.Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]

@@ -668,7 +668,9 @@ void attention(ptr out, ptr q, ptr k, ptr v, ptr cu_seqlens, ptr block_table, pt
                   float(softcap)};
   std::vector<int64_t> few, many;
   for (int64_t s = 0; s < n_seq; s++) {
-    const int64_t n_q = Sequence(p, s).n_q;
+    const Sequence sequence(p, s);
+    const int64_t n_q = sequence.n_q;
+    if (n_q > sequence.n_k) throw std::invalid_argument("seq_lens has fewer keys of a sequence than it has queries");  // a ValueError
     if (n_q > 0) (n_q <= DECODE_QUERIES ? few : many).push_back(s);
   }
   auto run = [&](auto type) {

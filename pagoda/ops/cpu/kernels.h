@@ -2,9 +2,17 @@
 // To add one: declare it here, name it in KERNELS, define it in its operation's file.
 #pragma once
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 using ptr = uintptr_t;
+
+// Throws (an IndexError) for row numbers that are neither among n_rows nor `or_this`. To be called before threads start.
+inline void check_rows(ptr ids, int64_t n, int64_t n_rows, int64_t or_this = 0) {
+  for (const int64_t *id = (const int64_t*)ids, *end = id + n; id < end; id++)
+    if ((*id < 0 || *id >= n_rows) && *id != or_this) throw std::out_of_range("row " + std::to_string(*id) + " of " + std::to_string(n_rows));
+}
 
 // linear.cpp. weight: the words that PackedWeight.kernel_view of formats.py writes. y and add are (rows, n_out), dense.
 void linear(ptr y, ptr weight, ptr x, ptr bias, ptr add, int64_t rows, int64_t x_stride, int64_t dtype);
@@ -43,7 +51,7 @@ void gated_backward(ptr dgate, ptr dup, ptr dy, ptr gate, ptr up, int64_t rows, 
 void rotary(ptr q_out, ptr k_out, ptr q, ptr k, ptr cos, ptr sin, int64_t rows, int64_t n_head, int64_t n_kv_head,
             int64_t head_size, int64_t half, int64_t q_stride, int64_t k_stride, int64_t dtype);
 void rotary_store(ptr q_out, ptr q, ptr k, ptr v, ptr cos, ptr sin, ptr k_pages, ptr v_pages, ptr k_scale, ptr v_scale,
-                  ptr slots, int64_t rows, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t half,
+                  ptr slots, int64_t rows, int64_t n_slots, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t half,
                   int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t cache_dtype);
 
 // attention.cpp

@@ -7,9 +7,10 @@
 #include "simd.h"
 
 // losses[r] = lse - logit[target] + z_loss * lse^2, lse the log-sum-exp of the row (after the soft cap); 0 where the
-// target is `ignore`. logits become the gradient of losses[r] by each of them.
+// target is `ignore`. logits become the gradient of losses[r] by each of them. Other targets outside of 0 .. n - 1 throw.
 void cross_entropy(ptr losses, ptr logits, ptr targets, int64_t rows, int64_t n, int64_t dtype, int64_t ignore,
                    double softcap, double z_loss) {
+  check_rows(targets, rows, n, ignore);
   const vf cap = set1(float(softcap)), inverse_cap = set1(softcap ? float(1 / softcap) : 0);
   with_float_type(dtype, [&](auto type) {
     using T = decltype(type);

@@ -22,6 +22,22 @@ template <class T> INLINE const T* residual(T* sum, const T* x, const T* delta, 
   return sum;
 }
 
+// The sum of (x - middle)^2. What lies behind the row must not count as zeros.
+template <class T> INLINE float squares_around(const T* x, int64_t n, float middle) {
+  vf squares = zero();
+  const int64_t whole = n / W * W;
+  for (int64_t i = 0; i < whole; i += W) {
+    vf a = sub(load(x + i), set1(middle));
+    squares = fma(a, a, squares);
+  }
+  float sum = reduce_add(squares);
+  for (int64_t i = whole; i < n; i++) {
+    const float a = to_float(x[i]) - middle;
+    sum += a * a;
+  }
+  return sum;
+}
+
 template <class T, class F>
 void over_rows(ptr out, ptr sum, ptr x, ptr delta, int64_t rows, int64_t n, int64_t x_stride, int64_t delta_stride, F f) {
   parallel_for(rows, GRAIN / (n + 1) + 1, [=](int64_t begin, int64_t end) {
@@ -110,21 +126,10 @@ void layer_norm(ptr out, ptr sum, ptr x, ptr delta, ptr weight, ptr bias, int64_
       auto w = (const decltype(weight_type)*)weight;
       auto b = (const decltype(weight_type)*)bias;
       over_rows<T>(out, sum, x, delta, rows, n, x_stride, delta_stride, [=](T* y, const T* row) {
-        vf total = zero(), squares = zero();
+        vf total = zero();
         for_each_vector(n, [&](int64_t i, auto load, auto) { total = add(total, load(row + i)); });
         const float middle = reduce_add(total) / n;
-        const vf mean = set1(middle);
-        int64_t whole = n / W * W;
-        for (int64_t i = 0; i < whole; i += W) {
-          vf a = sub(load(row + i), mean);
-          squares = fma(a, a, squares);
-        }
-        float variance = reduce_add(squares);
-        for (int64_t i = whole; i < n; i++) {
-          float a = to_float(row[i]) - middle;
-          variance += a * a;
-        }
-        vf scale = set1(1.0f / std::sqrt(variance / n + float(eps)));
+        const vf mean = set1(middle), scale = set1(1.0f / std::sqrt(squares_around(row, n, middle) / n + float(eps)));
         for_each_vector(n, [&](int64_t i, auto load, auto store) {
           vf a = mul(mul(sub(load(row + i), mean), scale), load(w + i));
           store(y + i, b ? add(a, load(b + i)) : a);
@@ -164,15 +169,13 @@ void layer_norm_backward(ptr dx, ptr dweight, ptr dbias, ptr dy, ptr dsum, ptr x
     vf total = zero();
     for_each_vector(n, [&](int64_t i, auto load, auto) { total = add(total, load(a + i)); });
     const float middle = reduce_add(total) / n;
-    vf mean = set1(middle), squares = zero(), sum = zero(), products = zero();
-    for_each_vector(n, [&](int64_t i, auto load, auto) {
+    vf mean = set1(middle), sum = zero(), products = zero();
+    for_each_vector(n, [&](int64_t i, auto load, auto) {  // behind the row's end c is 0
       vf b = sub(load(a + i), mean), c = mul(load(g + i), load(w + i));
-      squares = fma(b, b, squares);
       sum = add(sum, c);
       products = fma(b, c, products);
     });
-    const int64_t behind = (W - n % W) % W;  // lanes behind the row's end count as 0 - mean
-    const float scale = 1.0f / std::sqrt((reduce_add(squares) - behind * middle * middle) / n + float(eps));
+    const float scale = 1.0f / std::sqrt(squares_around(a, n, middle) / n + float(eps));
     const vf s = set1(scale), first = set1(reduce_add(sum) / n), second = set1(reduce_add(products) / n * scale * scale);
     for_each_vector(n, [&](int64_t i, auto load, auto store) {
       vf b = sub(load(a + i), mean), y = load(g + i), c = mul(y, load(w + i));

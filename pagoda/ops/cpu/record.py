@@ -9,6 +9,7 @@ CUDA graphs are for a GPU.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pagoda.ops import cpu
 _ALLOCATIONS = {
     getattr(torch.ops.aten, name).default for name in ("empty_like", "new_empty", "empty_strided", "new_empty_strided")
 } | {torch.ops.aten.empty.memory_format}
+_ONE_AT_A_TIME = threading.RLock()  # a recording stands in for the kernels of the whole process
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # shapes, or Python, depend on values
 
 
@@ -42,12 +44,13 @@ class Recording:
         self.operations, self.complete = operations, True
         self.parts: list[Callable[[], object]] = []  # the same: programs for the extension, and operations
         self.kept: list[torch.UntypedStorage] = []  # the memory that the calls point into
-        real, cpu.kernels = cpu.kernels, _Kernels(cpu.kernels, self.calls)
-        try:
-            with _Watch(self):
-                self.output = function()
-        finally:
-            cpu.kernels = real
+        with _ONE_AT_A_TIME:
+            real, cpu.kernels = cpu.kernels, _Kernels(cpu.kernels, self.calls)
+            try:
+                with _Watch(self):
+                    self.output = function()
+            finally:
+                cpu.kernels = real
         if self.complete:
             self._divide()
         else:
@@ -91,13 +94,15 @@ class Recording:
 
 
 class _Kernels:
-    """Stands in for the kernels' module, and writes down what is called."""
+    """Stands in for the kernels' module, and writes down what is called by the thread that made it."""
 
     def __init__(self, module, calls: list):
-        self._module, self._calls = module, calls
+        self._module, self._calls, self._thread = module, calls, threading.get_ident()
 
     def __getattr__(self, name: str) -> Callable:
         kernel = getattr(self._module, name)
+        if threading.get_ident() != self._thread:
+            return kernel
 
         def call(*args):
             self._calls.append((kernel, args))

@@ -66,8 +66,9 @@ void rotary(ptr q_out, ptr k_out, ptr q, ptr k, ptr cos, ptr sin, int64_t rows, 
 
 // With q_out == 0 nothing is rotated: the plain write into the cache.
 void rotary_store(ptr q_out, ptr q, ptr k, ptr v, ptr cos, ptr sin, ptr k_pages, ptr v_pages, ptr k_scale, ptr v_scale,
-                  ptr slots, int64_t rows, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t half,
+                  ptr slots, int64_t rows, int64_t n_slots, int64_t n_head, int64_t n_kv_head, int64_t head_size, int64_t half,
                   int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t dtype, int64_t cache_dtype) {
+  check_rows(slots, rows, n_slots);
   with_float_type(dtype, [&](auto type) {
     with_cache_type(cache_dtype, [&](auto cache_type) {
       using T = decltype(type);
