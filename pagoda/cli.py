@@ -191,6 +191,8 @@ def evaluate_perplexity(
     """
     if text is None:
         raise PagodaError("no text: give --text FILE")
+    if weights.kv_dtype != "auto":
+        raise PagodaError("windows are scored without a cache: leave --kv_dtype out")
     content = read_text(text)
     from pagoda.engine.llm import LLM
     from pagoda.evaluate.perplexity import perplexity

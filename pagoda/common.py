@@ -45,6 +45,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise PagodaError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise PagodaError(f"device '{name}' is not supported: use auto, cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PagodaError("no CUDA device is usable here: use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

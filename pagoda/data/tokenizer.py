@@ -100,7 +100,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written out in it count as such. `add_special_tokens` puts around it what
         the model wants (usually a BOS or nothing); leave it off for a rendered chat, which has them already."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise PagodaError("the text is not valid Unicode (was it UTF-8?)") from None
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts, in parallel."""

@@ -69,7 +69,7 @@ class LLM:
         """From a directory, a GGUF file, a known name or a Hub id, which is downloaded when it is not there yet.
 
         dtype      `float32`, `bf16`, `float16`, or `auto` for the checkpoint's own. A GGUF file keeps its own bits
-                   with `auto`, and is dequantized to the dtype otherwise
+                   with `auto` (docs/checkpoints.md), and is dequantized to the dtype otherwise
         device     `auto`, `cpu`, `cuda`, `mps`, ...
         quantize   the weights to `int8`, `int4` or `nf4` (the activations are then float32 unless dtype says otherwise)
         kv_dtype   of the cache: `auto` for bf16 (float32 where dtype is float32), `float32`, `bf16`, `int8`

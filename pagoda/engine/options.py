@@ -135,7 +135,7 @@ class Weights:
     """How a model is loaded.
 
     Args:
-        dtype: float32, bf16, float16, or auto for the checkpoint's own (a GGUF file keeps its own bits).
+        dtype: float32, bf16, float16, or auto for the own one (a GGUF file keeps its bits: docs/checkpoints.md).
         device: cpu, cuda, mps, or auto for the first accelerator that is there.
         quantize: pack the weights to int8, int4 or nf4.
         kv_dtype: of the key/value cache: float32, bf16, int8, or auto for bf16 (float32 if dtype is float32).

@@ -298,6 +298,36 @@ def _unpack(raw: torch.Tensor, type_name: str) -> torch.Tensor:
     return result.view(raw.shape[0], -1)
 
 
+def in_kernel_blocks(tensor: GGUFTensor) -> tuple[torch.Tensor, str] | None:
+    """(blocks, type) of the same weights as Q4_0, Q4_1 or Q8_0, which `pack_gguf` takes; None for the other types.
+
+    Q5_0 is Q8_0 with fewer values. A block of Q4_K is eight of Q4_1, whose scales and minimums are products, rounded to
+    float16 here: to one part in 2,048.
+    """
+    import torch
+
+    raw = tensor.data
+    if tensor.type in ("Q4_0", "Q4_1", "Q8_0"):
+        return raw, tensor.type
+    if tensor.type == "Q5_0":
+        blocks = raw.view(-1, 22)
+        bits = (blocks[:, 2:6, None] >> torch.arange(8, dtype=torch.uint8)).view(-1, 32) & 1
+        values = torch.cat((blocks[:, 6:] & 15, blocks[:, 6:] >> 4), 1) | bits << 4
+        return torch.cat((blocks[:, :2], (values.view(torch.int8) - 16).view(torch.uint8)), 1), "Q8_0"
+    if tensor.type == "Q4_K":
+        blocks = raw.view(-1, 144)
+        halves, packed = blocks[:, :4].contiguous().view(torch.float16).float(), blocks[:, 4:16]
+        low, middle, high = packed.split(4, 1)  # scales and minimums of 6 bits, the last four of each in two pieces
+        scales = torch.cat((low & 63, high & 15 | low >> 6 << 4), 1) * halves[:, :1]
+        minimums = torch.cat((middle & 63, high >> 4 | middle >> 6 << 4), 1) * -halves[:, 1:]
+        nibbles = blocks[:, 16:].view(-1, 4, 32)  # a byte has values of two blocks; in Q4_1 of the halves of one
+        quants = torch.stack((nibbles & 15, nibbles >> 4), 2).view(-1, 8, 2, 16)
+        quants = quants[:, :, 0] | quants[:, :, 1] << 4
+        heads = torch.stack((scales, minimums), -1).half().view(torch.uint8)
+        return torch.cat((heads, quants), -1), "Q4_1"
+    return None
+
+
 # In Hugging Face's terms ------------------------------------------------------------
 
 ARCHITECTURES = {  # general.architecture -> (model_type, class)
@@ -350,6 +380,11 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
             raise PagodaError(f"{gguf.path}: '{key}' differs between layers, which is not supported")
         if not isinstance(value, (int, float)) or not value > 0:
             raise PagodaError(f"{gguf.path}: corrupt GGUF metadata ('{key}' is {value!r}); download it again")
+    if config["num_hidden_layers"] > len(tensors):
+        raise PagodaError(
+            f"{gguf.path}: corrupt GGUF file ({config['num_hidden_layers']} layers and {len(tensors)} tensors); "
+            "download it again"
+        )
     if "token_embd.weight" not in tensors:
         raise PagodaError(f"{gguf.path}: no tensor 'token_embd.weight'; convert the model again")
     config |= {"model_type": model_type, "architectures": [class_name], "hidden_act": "silu"}
@@ -359,7 +394,9 @@ def hf_config(gguf: GGUF) -> dict[str, Any]:
     rotary = meta.get(f"{arch}.rope.dimension_count", head_dim)
     if rotary != head_dim:
         raise PagodaError(f"{gguf.path}: rotary embedding of {rotary} of {head_dim} dimensions is not supported")
-    config["rope_theta"] = meta.get(f"{arch}.rope.freq_base", 10000.0)
+    config["rope_theta"] = base = meta.get(f"{arch}.rope.freq_base", 10000.0)
+    if not isinstance(base, (int, float)) or not 0 < base < math.inf:
+        raise PagodaError(f"{gguf.path}: corrupt GGUF metadata ('rope.freq_base' is {base!r}); download it again")
     config["rope_scaling"] = _rope_scaling(gguf, arch, config)
     if model_type == "llama":  # Qwen's biases are not a matter of configuration
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors

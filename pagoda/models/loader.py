@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pagoda.common import PagodaError, read_json, replacing, trim_heap
-from pagoda.models.gguf import dequantize, hf_config, hf_tensors, read_gguf
+from pagoda.models.gguf import dequantize, hf_config, hf_tensors, in_kernel_blocks, read_gguf
 from pagoda.models.gpt import GPT
 from pagoda.models.layers import Linear, MoE, dense, n_elements, pack_stack, set_weight, weights_of
 from pagoda.models.registry import from_hf_config
-from pagoda.ops.formats import GGUF_BLOCK, Arena, PackedWeight, pack, pack_gguf
+from pagoda.ops.formats import Arena, PackedWeight, pack, pack_gguf
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -143,10 +143,15 @@ class GGUFFile:
         return dequantize(tensor, dtype or self.dtype, rows)
 
     def packed(self, name: str, dtype: torch.dtype) -> PackedWeight | None:
+        """Other blocks than `in_kernel_blocks` knows are rounded again, to Q8_0. F16 and F32 are no blocks."""
         tensor, rows = self._tensors[name]
-        if tensor.type.lower() not in GGUF_BLOCK:
+        if tensor.type in ("F32", "F16"):
             return None
-        return pack_gguf(tensor.data, tensor.type, tensor.shape, rows, dtype)
+        if tensor.type == "BF16":
+            return pack(dequantize(tensor, torch.bfloat16, rows), "bf16").to(dtype)
+        if found := in_kernel_blocks(tensor):
+            return pack_gguf(*found, tensor.shape, rows, dtype)
+        return pack(dequantize(tensor, rows=rows), "q8_0").to(dtype)
 
     def release(self, name: str) -> None:
         tensor, _ = self._tensors[name]
@@ -208,8 +213,8 @@ def load(
 
     dtype      of all parameters; None keeps the checkpoint's own (bfloat16 for a quantized GGUF file)
     trainable  the parameters are owned and take gradients; otherwise they may be views of the mapped file
-    quantize   pack the matrices (ops/formats.py): `int8`, `int4`, `nf4`; `own` keeps the bits of a GGUF file where
-               they have a kernel; `float32` and `bf16` only lay them out for the kernels. The rest has the dtype
+    quantize   pack the matrices (ops/formats.py): `int8`, `int4`, `nf4`; `own` keeps the bits of a GGUF file
+               (docs/checkpoints.md); `float32` and `bf16` only lay them out for the kernels. The rest has the dtype
     Raises PagodaError for what is missing, unexpected, truncated or unsupported.
     """
     path = Path(path)

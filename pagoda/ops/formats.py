@@ -240,6 +240,8 @@ def pack(weight: Tensor, format: str, group_size: int = 32, symmetric: bool = Fa
         raise PagodaError(f"unknown weight format '{format}': use one of {', '.join(FORMATS)}")
     if group_size not in (32, 64, 128):
         raise PagodaError(f"group_size {group_size}: int4 takes groups of 32, 64 or 128")
+    if weight.dim() != 2 or not weight.numel():
+        raise PagodaError(f"a weight of shape {tuple(weight.shape)} cannot be packed: it is no matrix, or empty")
     weight = weight.detach()
     if format == "nf4":
         return _pack_nf4(weight)

@@ -47,4 +47,5 @@ def _draw(scores: Tensor, options: Tensor, tops: bool) -> Tensor:
     last = sums[:, -1:]
     target = torch.minimum(chance * last, torch.nextafter(last, torch.zeros_like(last)))
     places = torch.searchsorted(sums, target, right=True)
+    places.masked_fill_(places == probs.shape[1], 0)  # where scores are not numbers
     return (places if order is None else order.gather(1, places))[:, 0]

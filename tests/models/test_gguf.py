@@ -13,7 +13,8 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from pagoda.common import PagodaError
 from pagoda.models.gguf import TYPES, dequantize, hf_config, hf_name, hf_tensors, read_gguf, row_permutation
-from pagoda.models.loader import release_pages
+from pagoda.models.loader import GGUFFile, load, release_pages
+from pagoda.ops.formats import PackedWeight
 
 
 def write(path, tensors=(), metadata=(), arch="llama"):
@@ -231,6 +232,48 @@ def test_weights_and_configuration_equal_transformers(tmp_path, arch, tied, kind
     assert ours == {key: config[key] for key in ours}
 
 
+HALVES = {"Q5_0": [0], "Q5_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+
+
+def any_blocks(kind, n_rows, n_columns):
+    """Random bytes (n_rows, bytes of a row) as blocks of a type, whose scales and minimums are near 0.01."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    raw = np.random.default_rng(0).integers(0, 256, (n_rows, n_columns // block, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        scales = np.random.default_rng(at).uniform(-0.01, 0.01, raw.shape[:2]).astype(np.float16)
+        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return raw.reshape(n_rows, -1)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_blocks_without_a_kernel_of_their_own_are_packed_in_another(tmp_path, kind):
+    """Q5_0 exactly, Q4_K but for the rounding of its scales, the others to half a step of 8 bits."""
+    raw = any_blocks(kind, 24, 512)
+    path = write(tmp_path / "a.gguf", [("t", raw, GGMLQuantizationType[kind])])
+    exact = torch.from_numpy(reference_dequantize(raw, GGMLQuantizationType[kind]))
+    rows = torch.randperm(24)
+    file = GGUFFile.__new__(GGUFFile)
+    file._tensors = {"t": (read_gguf(path).tensors["t"], rows)}
+    packed = file.packed("t", torch.bfloat16)
+    assert packed.dtype == torch.bfloat16
+    assert packed.format == ("q4_1" if kind == "Q4_K" else "q8_0")
+    largest = exact.view(24, -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(24, 512)
+    step = {"Q5_0": 0, "Q4_K": 2**-9}.get(kind, 1.01 / 254)
+    assert ((packed.dequantize() - exact[rows]).abs() <= step * largest[rows]).all()
+
+
+@pytest.mark.parametrize(("kind", "format"), [("BF16", "bf16"), ("F16", "float32"), (None, "float32")])
+def test_floats_keep_their_numbers(tmp_path, kind, format):
+    model = tiny("llama", tie_word_embeddings=False)
+    path = write_model(tmp_path / "m.gguf", model, "llama", kind and GGMLQuantizationType[kind])
+    loaded, expected = load(path, torch.float32, quantize="own"), load(path, torch.float32).state_dict()
+    weights = {name: m for name, m in loaded.named_modules() if isinstance(m, PackedWeight)}
+    assert len(weights) > 10
+    for name, weight in weights.items():
+        assert weight.format == format
+        assert torch.equal(weight.dequantize(), expected[name])
+
+
 def test_row_permutation_undoes_llama_cpps():
     weight = np.random.default_rng(0).normal(size=(48, 5))
     np.testing.assert_array_equal(permuted(weight, 3)[row_permutation(3, 48)], weight)
@@ -316,6 +359,21 @@ def test_missing_metadata_is_named(tmp_path):
 def test_impossible_sizes_are_named(tmp_path, value, message):
     gguf = read_gguf(write_model(tmp_path / "m.gguf", tiny("llama"), "llama"))
     gguf.metadata["llama.attention.head_count"] = value
+    with pytest.raises(PagodaError, match=message):
+        hf_config(gguf)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.block_count", 10**9, "1000000000 layers and 21 tensors"),
+        ("llama.rope.freq_base", 0.0, "freq_base' is 0.0"),
+        ("llama.rope.freq_base", float("nan"), "freq_base' is nan"),
+    ],
+)
+def test_corrupt_metadata_is_named(tmp_path, key, value, message):
+    gguf = read_gguf(write_model(tmp_path / "m.gguf", tiny("llama"), "llama"))
+    gguf.metadata[key] = value
     with pytest.raises(PagodaError, match=message):
         hf_config(gguf)
 

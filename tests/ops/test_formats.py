@@ -144,6 +144,8 @@ def bf16_matrices():
 def test_bf16_in_12_bits_is_the_same_numbers(kernels, name):
     weight = bf16_matrices()[name]
     for part in (weight, weight.t(), weight[:, 1:], weight.float()):
+        if not part.numel():
+            continue
         packed = pack(part, "bf16")
         assert packed.scales is not None
         values = packed.dequantize(torch.bfloat16)
@@ -194,6 +196,10 @@ def test_what_cannot_be_packed_is_an_error():
         pack(weight, "int3")
     with pytest.raises(PagodaError, match="group"):
         pack(weight, "int4", group_size=48)
+    for empty in (weight[:0], weight[:, :0], weight[0]):
+        for format in FORMATS:
+            with pytest.raises(PagodaError, match="cannot be packed"):
+                pack(empty, format)
     with pytest.raises(PagodaError, match="not kept packed"):
         pack_gguf(torch.zeros(210, dtype=torch.uint8), "Q6_K", (1, 256))
     with pytest.raises(PagodaError, match="bytes do not hold"):

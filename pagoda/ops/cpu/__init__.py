@@ -6,7 +6,8 @@ the operations in `pagoda/ops` look at it and run their PyTorch reference where 
 name a variant (`portable`, `avx2`, `avx512`, `avx512_bf16`, `amx`) or `auto`.
 
 Calling convention: pointers and strides are plain integers (0 is "no tensor"), strides count elements, dtypes are the
-codes in `DTYPE`. Nothing is checked on the C++ side, so the caller checks dtypes, strides and devices (`usable`).
+codes in `DTYPE`. The C++ side checks row numbers and lengths alone: the caller checks dtypes, shapes, strides and
+devices (`usable`).
 Threads: the kernels use the OpenMP runtime inside PyTorch and as many threads as `torch.set_num_threads` says.
 """
 
@@ -72,8 +73,8 @@ def _choose():
             reason = error
     if wanted != "auto":
         raise PagodaError(f"PAGODA_KERNELS={wanted} cannot be used here: {reason}")
-    if not isinstance(reason, ModuleNotFoundError):  # built, yet it does not load: say so
-        warnings.warn(f"the CPU kernels do not load, using the PyTorch reference: {reason}", stacklevel=2)
+    state = "were not built (without a C++ compiler?)" if isinstance(reason, ModuleNotFoundError) else "do not load"
+    warnings.warn(f"the CPU kernels {state}, using the slower PyTorch reference: {reason}", stacklevel=2)
     return None, "reference"
 
 
