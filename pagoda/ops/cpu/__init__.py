@@ -73,8 +73,9 @@ def _choose():
             reason = error
     if wanted != "auto":
         raise PagodaError(f"PAGODA_KERNELS={wanted} cannot be used here: {reason}")
-    state = "were not built (without a C++ compiler?)" if isinstance(reason, ModuleNotFoundError) else "do not load"
-    warnings.warn(f"the CPU kernels {state}, using the slower PyTorch reference: {reason}", stacklevel=2)
+    missing = isinstance(reason, ModuleNotFoundError)
+    why = "were not built (is there a C++ compiler?)" if missing else f"do not load ({reason})"
+    warnings.warn(f"the CPU kernels {why}: using the PyTorch reference, which is slower", stacklevel=2)
     return None, "reference"
 
 
