@@ -25,7 +25,8 @@ def advance(engine: Engine, group: Group, live: list[Sequence], logits: Tensor) 
     for row, s in zip(scores, live):
         s.chooser.adjust(row)
     scores = scores.log_softmax(-1) + torch.tensor([s.logprob for s in live])[:, None]
-    values, places = scores.flatten().topk(min(2 * width, scores.numel()))
+    enough = max(2, 1 + len(ends)) * width  # all ends may be among the likeliest
+    values, places = scores.flatten().topk(min(enough, scores.numel()))
     going: list[tuple[Sequence, int, float]] = []
     last = len(live[0].new) + 1 >= group.most
     for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist())):
@@ -36,7 +37,7 @@ def advance(engine: Engine, group: Group, live: list[Sequence], logits: Tensor) 
             keep(group, value, parent.new, 1, "stop")
         elif rank < width:
             keep(group, value, [*parent.new, token], 0, "length")
-    if last:
+    if last or not going:
         return finish(engine, group)
     going = going[:width]
     best = going[0][2] / (len(live[0].new) + 1) ** o.length_penalty

@@ -7,8 +7,9 @@ and in any company, bit for bit, with the CPU kernels.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from pagoda.engine.adapters import Adapters
 from pagoda.engine.blocks import Blocks
 from pagoda.engine.guided import Guides
 from pagoda.engine.options import EngineOptions
-from pagoda.engine.request import Group, Output, Request, Sequence, Text, TokenLogprob
+from pagoda.engine.request import Group, Output, Request, Sequence, Text, TokenLogprob, check_tokens
 from pagoda.engine.runner import Runner
 from pagoda.engine.sampling import Chooser, choose, log_probabilities
 from pagoda.engine.scheduler import Scheduler, Work
@@ -83,13 +84,16 @@ class Engine:
         self.numbers = self.new_tokens = self.prompt_tokens = 0
         self.groups: dict[Group, None] = {}  # in the order they came
         self.next_model: GPT | None = None
+        self.lost: dict[str, str] = {}  # adapters that the new weights did not take, and why
+        self.inboxes: dict[Group, list[Output]] = {}  # of those who stream: what another's step made for them
+        self.lock = threading.RLock()  # between them
         self.timing = Timing()
         keep_heap()
         self._use(model)
 
     def _use(self, model: GPT) -> None:
         """Run this model from now on. Nothing is running."""
-        self.model, o = model, self.options
+        self.model, self.changes, o = model, model.changes, self.options
         if self.draft is not None and self.draft.config.vocab_size != model.config.vocab_size:
             raise PagodaError("a draft model needs the vocabulary of the model that it guesses for")
         longest = model.config.block_size
@@ -100,6 +104,7 @@ class Engine:
         limit = int(o.kv_memory * 2**30) or free_memory(model.device) // 3
         blocks = Blocks(min(most, limit // block_bytes - 1), size)  # one more is for rows of nobody
         self.context = min(longest, blocks.n * size) - model.n_virtual
+        self.short_of_memory = f" (of {longest}, for want of kv_memory)" if blocks.n * size < longest else ""
         if self.context < min(longest, 64) - model.n_virtual:
             raise PagodaError(f"kv_memory is too small: a block of {size} tokens takes {block_bytes / 2**20:.1f} MiB")
         rope = model.rope
@@ -133,11 +138,11 @@ class Engine:
             raise PagodaError("the prompt is empty: give at least one token")
         if len(prompt) >= self.context:
             raise PagodaError(
-                f"the prompt has {len(prompt)} tokens and the model's context is {self.context}: "
-                f"shorten it to {self.context - 1} or less"
+                f"the prompt has {len(prompt)} tokens and the model's context is {self.context}"
+                f"{self.short_of_memory}: shorten it to {self.context - 1} or less"
             )
-        self.check_tokens(prompt)
-        self.check_tokens(o.logit_bias, "logit_bias: ")
+        for ids, where in ((prompt, ""), (o.logit_bias, "logit_bias: "), (o.stop_token_ids, "stop_token_ids: ")):
+            check_tokens(ids, self.model.config.vocab_size, where)
         if request.adapter is not None and request.adapter not in self.adapters.names:
             raise PagodaError(f"no adapter '{request.adapter}' is loaded")
         if o.guided is not None:
@@ -147,12 +152,6 @@ class Engine:
         each = self.scheduler.n_blocks(len(prompt) + self._most(request))
         if o.beam_width * each > self.scheduler.blocks.n:
             raise PagodaError(f"{o.beam_width} beams do not fit the key/value cache: fewer beams or tokens do")
-
-    def check_tokens(self, ids: Iterable[int], where: str = "") -> None:
-        if bad := [t for t in ids if not 0 <= t < self.model.config.vocab_size]:
-            raise PagodaError(
-                f"{where}token {bad[0]} is outside the model's vocabulary of {self.model.config.vocab_size}"
-            )
 
     def add(self, request: Request) -> Group:
         self.check(request)
@@ -186,7 +185,8 @@ class Engine:
         s.text = self.text(s.group)
 
     def text(self, group: Group) -> Text | None:
-        return Text(self.tokenizer, group.request.sampling.stop) if self.tokenizer else None
+        o = group.request.sampling
+        return Text(self.tokenizer, o.stop, o.min_new_tokens) if self.tokenizer else None
 
     def _ends(self, options) -> list[int]:
         return [] if options.ignore_eos or self.tokenizer is None else self.tokenizer.eos_ids
@@ -198,6 +198,12 @@ class Engine:
         start = time.perf_counter()
         if self.next_model is not None and not any(g.started for g in self.groups):
             self._replace()
+        if self.lost:
+            return self._tell_lost()
+        if self.changes != self.model.changes:  # somebody has put on an adapter: nothing that is remembered holds
+            self.changes = self.model.changes
+            self.runner.decoders.clear()
+            self.scheduler.blocks.clear()
         works = self.scheduler.plan(self.options.n_draft if self.speculator else 0)
         if not works:
             return []
@@ -304,7 +310,7 @@ class Engine:
                 s, _, drafts = ask
                 chosen.setdefault(s, []).append(token)
                 o = s.chooser.options
-                over = s.chooser.failed or token in o.stop_token_ids or token in self._ends(o)
+                over = s.chooser.failed or s.chooser.ended or token in o.stop_token_ids or token in self._ends(o)
                 if place < len(drafts) and drafts[place] == token and not over:
                     going.append(ask)
             asks, place = going, place + 1
@@ -330,7 +336,7 @@ class Engine:
             if s.text and s.text.stopped is not None:
                 out.stop_reason = s.text.stopped
                 return self._finish(s, out, "stop")
-            if s.chooser.guide is not None and s.chooser.guide.finished:
+            if s.chooser.ended and i == len(tokens) - 1:  # it has seen them all
                 return self._finish(s, out, "stop")
             if len(s.tokens) - s.n_prompt >= group.most:
                 return self._finish(s, out, "length")
@@ -350,11 +356,11 @@ class Engine:
 
     def _tell(self, group: Group, out: Output) -> Pieces:
         """The piece, with what goes along with a request's first; with best_of all in the end, the best first."""
-        if not group.told:
-            group.told = True
-            out.prompt_logprobs, out.cached_tokens = group.prompt_logprobs, group.cached_tokens
         o = group.request.sampling
         if o.best_of <= o.n:
+            if not group.told:
+                group.told = True
+                out.prompt_logprobs, out.cached_tokens = group.prompt_logprobs, group.cached_tokens
             return [(group, out)]
         held = group.held.setdefault(out.index, Output(out.index))
         held.text, held.token_ids, held.logprobs = (
@@ -363,12 +369,12 @@ class Engine:
             held.logprobs + out.logprobs,
         )
         held.finish_reason, held.stop_reason, held.error = out.finish_reason, out.stop_reason, out.error
-        held.prompt_logprobs = held.prompt_logprobs or out.prompt_logprobs
-        held.cached_tokens = max(held.cached_tokens, out.cached_tokens)
         if group.live:
             return []
         ranked = sorted(group.sequences, key=lambda s: -s.logprob / max(len(s.new), 1))
-        return [(group, replace(group.held[s.index], index=i)) for i, s in enumerate(ranked[: o.n])]
+        best = [replace(group.held[s.index], index=i) for i, s in enumerate(ranked[: o.n])]
+        best[0].prompt_logprobs, best[0].cached_tokens = group.prompt_logprobs, group.cached_tokens
+        return [(group, piece) for piece in best]
 
     def _score_prompt(self, work: Work, logits: Tensor) -> None:
         """The log-probabilities of the prompt's tokens in this piece: row i scores the token behind it."""
@@ -394,14 +400,20 @@ class Engine:
         return F.normalize(pooled, dim=-1).cpu()
 
     def load_adapter(self, name: str, path) -> None:
+        """Take up an adapter, in place of one of that name. Raises PagodaError while requests for that run."""
+        self._unused(name)
         self.adapters.load(name, path)
+        self.scheduler.blocks.clear()
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter, and what the cache holds of it. Raises PagodaError while requests for it run."""
-        if any(g.request.adapter == name for g in self.groups):
-            raise PagodaError(f"adapter '{name}' is in use: wait until its requests have ended")
+        self._unused(name)
         self.adapters.drop(name)
         self.scheduler.blocks.clear()
+
+    def _unused(self, name: str) -> None:
+        if any(g.request.adapter == name for g in self.groups):
+            raise PagodaError(f"adapter '{name}' is in use: wait until its requests have ended")
 
     def replace(self, model: GPT) -> None:
         """Go over to other weights: what runs is finished on the old ones, what comes waits for the new ones."""
@@ -411,15 +423,31 @@ class Engine:
             self._replace()
 
     def _replace(self) -> None:
-        paths, before = self.adapters.paths, self.scheduler
+        paths, before, old = self.adapters.paths, self.scheduler, self.model
         model, self.next_model = self.next_model, None
-        self._use(model)
+        try:
+            self._use(model)
+        except BaseException:
+            self.model, before.admitting = old, True
+            raise
         for count in ("preemptions", "query_tokens", "hit_tokens"):
             setattr(self.scheduler, count, getattr(before, count))
-        for name, path in paths.items():
-            self.adapters.load(name, path)
         for s in before.waiting:
             self.scheduler.add(s)
+        for name, path in paths.items():
+            try:
+                self.adapters.load(name, path)
+            except (PagodaError, OSError) as e:
+                self.lost[name] = f"adapter '{name}' does not go on the new weights: {e}"
+
+    def _tell_lost(self) -> Pieces:
+        """Who waits for an adapter that the new weights do not have ends."""
+        lost, self.lost, pieces = self.lost, {}, []
+        for group in [g for g in self.groups if g.request.adapter in lost]:
+            self.abort(group)
+            error, n = lost[group.request.adapter], group.request.sampling.n
+            pieces += [(group, Output(i, finish_reason="error", error=error)) for i in range(n)]
+        return pieces
 
     def run(self, requests: list[Request], each: Callable[[int, Output], None]) -> None:
         """All requests to their end; each(i, piece) gets what is new of request i."""
@@ -427,17 +455,31 @@ class Engine:
             each(i, piece)
 
     def stream(self, requests: list[Request]) -> Iterator[tuple[int, Output]]:
-        """All requests to their end: (i, piece) is what is new of request i. Whoever stops listening ends them."""
+        """All requests to their end: (i, piece) is what is new of request i. Whoever stops listening ends them. Several
+        may be open at once, in several threads too: whose turn it is makes a step for all."""
         groups: dict[Group, int] = {}
         try:
             for i, request in enumerate(requests):
-                groups[self.add(request)] = i
-            while self.has_work:
-                for group, piece in self.step():
-                    yield groups[group], piece
+                with self.lock:
+                    group = self.add(request)
+                    groups[group], self.inboxes[group] = i, []
+            going = True
+            while going:
+                with self.lock:
+                    if not any(self.inboxes[g] for g in groups):
+                        for group, piece in self.step():
+                            if group in self.inboxes:
+                                self.inboxes[group].append(piece)
+                    found = [(i, piece) for g, i in groups.items() for piece in self.inboxes[g]]
+                    for group in groups:
+                        self.inboxes[group].clear()
+                    going = any(g in self.groups for g in groups)
+                yield from found
         finally:
-            for group in groups:
-                self.abort(group)
+            with self.lock:
+                for group in groups:
+                    self.abort(group)
+                    self.inboxes.pop(group, None)
 
     def stats(self) -> dict[str, int | float]:
         """Counts since the start, and how things stand."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pagoda.common import PagodaError, read_json, resolve_device, resolve_dtype
 from pagoda.data.tokenizer import Tokenizer, load_tokenizer
 from pagoda.engine.engine import Engine, Timing, step_tokens
 from pagoda.engine.options import EngineOptions, Sampling, Weights
-from pagoda.engine.request import Output, Request, TokenLogprob
+from pagoda.engine.request import Output, Request, TokenLogprob, check_tokens
 from pagoda.models.download import ADAPTER, resolve
 from pagoda.models.gpt import GPT
 from pagoda.models.loader import load
@@ -49,12 +49,17 @@ class LLM:
     def __init__(self, model: GPT, tokenizer: Tokenizer, name: str = "", kv_dtype: torch.dtype | None = None):
         self.model, self.tokenizer, self.name, self.kv_dtype = model, tokenizer, name, kv_dtype
         self.timing = Timing()  # of the last call
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """What runs the prompts; it remembers their beginnings from call to call."""
-        options = EngineOptions(max_step_tokens=step_tokens(self.model.device, 2048))
-        return Engine(self.model, self.tokenizer, options, self.kv_dtype)
+        with self._lock:
+            if self._engine is None:
+                options = EngineOptions(max_step_tokens=step_tokens(self.model.device, 2048))
+                self._engine = Engine(self.model, self.tokenizer, options, self.kv_dtype)
+            return self._engine
 
     @classmethod
     def load(
@@ -71,7 +76,7 @@ class LLM:
         dtype      `float32`, `bf16`, `float16`, or `auto` for the checkpoint's own. A GGUF file keeps its own bits
                    with `auto` (docs/checkpoints.md), and is dequantized to the dtype otherwise
         device     `auto`, `cpu`, `cuda`, `mps`, ...
-        quantize   the weights to `int8`, `int4` or `nf4` (the activations are then float32 unless dtype says otherwise)
+        quantize   the weights to `int8`, `int4` or `nf4`; activations are of the dtype (float32 with a GGUF file's own)
         kv_dtype   of the cache: `auto` for bf16 (float32 where dtype is float32), `float32`, `bf16`, `int8`
         batch_invariant  the same bits in any company with `nf4` on AMX too (all else has them anyway)
         """
@@ -83,7 +88,7 @@ class LLM:
     ) -> Completion | list[Completion]:
         """Complete a prompt (text or token ids), or several at once: one Completion, or a list of them."""
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        options = options or Sampling(**sampling)
+        options = replace(options or Sampling(), **sampling)
         ids = [self.encode(p) for p in ([prompts] if single else prompts)]
         answers = [[Completion("", [], len(p)) for _ in range(options.n)] for p in ids]
         for i, piece in self._run(ids, options):
@@ -107,7 +112,7 @@ class LLM:
         """The answer to a prompt or a conversation, piece by piece, never with half a character."""
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
         ids = self.chat_ids(prompt) if is_chat else self.encode(prompt)
-        for _, piece in self._run([ids], options or Sampling(**sampling)):
+        for _, piece in self._run([ids], replace(options or Sampling(), **sampling)):
             if piece.text and piece.index == 0:
                 yield piece.text
 
@@ -119,7 +124,7 @@ class LLM:
             raise PagodaError("a text needs two tokens or more to be scored")
         if len(ids) > self.model.config.block_size:
             raise PagodaError(f"the text has {len(ids)} tokens and the context is {self.model.config.block_size}")
-        self.engine.check_tokens(ids)
+        check_tokens(ids, self.model.config.vocab_size)
         tokens = torch.tensor(ids, device=self.model.device)
         losses = self.model(tokens[:-1], targets=tokens[1:])
         return [(token, -loss) for token, loss in zip(ids[1:], losses.tolist())]

@@ -91,7 +91,7 @@ class Sampling:
             self,
             max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
             temperature=(self.temperature >= 0, "0 or more"),
-            top_k=(self.top_k >= 0, "0 (off) or more"),
+            top_k=(0 <= self.top_k < 2**31, "0 (off) or more, and below 2^31"),
             top_p=(0 < self.top_p <= 1, "above 0 and at most 1"),
             min_p=(0 <= self.min_p <= 1, "between 0 and 1"),
             repetition_penalty=(0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),

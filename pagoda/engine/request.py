@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pagoda.common import PagodaError
 from pagoda.data.tokenizer import Tokenizer
 from pagoda.engine.options import Sampling
 
@@ -16,6 +18,12 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     adapter: str | None = None
     priority: int = 0
+
+
+def check_tokens(ids: Iterable[int], vocab_size: int, where: str = "") -> None:
+    """Raises PagodaError for what is no token of a model."""
+    if bad := [t for t in ids if not 0 <= t < vocab_size]:
+        raise PagodaError(f"{where}token {bad[0]} is outside the model's vocabulary of {vocab_size}")
 
 
 @dataclass
@@ -116,14 +124,19 @@ class Group:
 
 
 class Text:
-    """Tokens to text as they come: whole characters only, and nothing that may turn out to be a stop text."""
+    """Tokens to text as they come: whole characters only, and nothing that may turn out to be a stop text. The first
+    `least` tokens may hold one."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]):
-        self.stream, self.stop, self.held = tokenizer.stream(), stop, ""
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], least: int = 0):
+        self.stream, self.stop, self.least, self.held = tokenizer.stream(), stop, least, ""
         self.stopped: str | None = None  # the stop text that came
 
     def push(self, token: int) -> str:
-        return self._release(self.held + self.stream.push(token))
+        text = self.held + self.stream.push(token)
+        if self.least:
+            self.least -= 1
+            return text
+        return self._release(text)
 
     def flush(self) -> str:
         """What was held back, at the end."""

@@ -52,6 +52,11 @@ class Chooser:
         early = len(self.ends) > 0 and self.n < self.options.min_new_tokens
         return early or any(x is not None for x in (self.seen, self.counts, self.bias, self.guide))
 
+    @property
+    def ended(self) -> bool:
+        """Whether the guide takes nothing more."""
+        return self.guide is not None and self.guide.finished
+
     def draw(self) -> tuple[float, ...]:
         """How it draws, and what chance says this time: a row of what `ops.sample` takes."""
         o = self.options

@@ -86,6 +86,7 @@ class Scheduler:
                 s.cached, s.n_prefill = 0, len(s.tokens)
                 continue
             room = min(n_draft, s.group.most - len(s.tokens) + s.n_prompt - 1)
+            room = 0 if s.group.request.sampling.beam_width else room
             if not self._reserve(s, 1 + room):
                 room = 0
                 while s in self.running and not self._reserve(s, 1):
@@ -119,6 +120,9 @@ class Scheduler:
                 self.hit_tokens += s.cached
             works[s] = self._prefill(s, n)
             budget -= n
+        if not works and len(self.running) > 1:  # prompts wait for each other's blocks
+            self._preempt()
+            return self.plan(n_draft)
         return list(works.values())
 
     @property

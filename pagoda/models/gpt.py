@@ -172,6 +172,7 @@ class GPT(nn.Module):
     prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()
     ignored: ClassVar[str] = ""
     block_class: ClassVar[type[Block]] = Block
+    changes = 0  # of what the modules are: adapters that were put on or merged
     compute_dtype: torch.dtype | None = (
         None  # of the residual stream, where it is not the parameters' (mixed precision)
     )

@@ -194,6 +194,7 @@ def put_on(model: GPT, options: Options, dtype: torch.dtype, tensors: dict[str, 
     method = code_of(options)(model, options)
     method.attach(dtype, tensors)
     adapters(model).append(method)
+    model.changes += 1
     return method
 
 
@@ -213,6 +214,7 @@ def merge(model: GPT) -> GPT:
     for method in reversed(adapters(model)):
         method.merge()
     adapters(model).clear()
+    model.changes += 1
     return model
 
 

@@ -41,7 +41,7 @@ class Generation(BaseModel):
         None, description="token id to what is added to its score"
     )
     # vLLM's extensions
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = Field(None, description="0 or -1: all tokens")
+    top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = Field(None, description="0 or -1: all tokens")
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     min_tokens: Count | None = None

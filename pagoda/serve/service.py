@@ -79,7 +79,7 @@ class Service:
         if template and "tools" not in template and (tools or any(m.tool_calls or m.role == "tool" for m in messages)):
             raise PagodaError("this model's chat template has no tools; serve it with a --template that has them")
         variables = (body and body.chat_template_kwargs) or {}
-        if reserved := {"messages", "add_generation_prompt", "tools"} & set(variables):
+        if reserved := {"self", "template", "messages", "add_generation_prompt", "tools"} & set(variables):
             raise PagodaError(f"chat_template_kwargs must not hold {', '.join(sorted(reserved))}")
         shown = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
         text = self.tokenizer.apply_chat_template([m.for_template() for m in messages], tools=shown, **variables)

@@ -155,7 +155,10 @@ class Reader:
     def _object(self) -> list | None:
         text, deltas = self.held, []
         if not self.head and (match := HEAD.match(text)):
-            name = json.loads(match[1])
+            try:
+                name = json.loads(match[1])
+            except ValueError:
+                name = None
             if name not in self.names:
                 return self._give_up(text)
             self.head, self.sent = True, match.end()
@@ -207,7 +210,8 @@ class Reader:
         arguments = call.get("arguments", call.get("parameters", {}))
         if call.get("name") not in self.names or not isinstance(arguments, (dict, str)):
             return None
-        return call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return call["name"], text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
 
     def _give_up(self, text: str) -> list[dict[str, Any]]:
         """These were no calls but text: what was passed over, and `text`, which is all that is held."""

@@ -1,5 +1,7 @@
 """The engine on tiny random models: company, pieces, guesses, preemption and caching change nothing about an answer."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
@@ -190,6 +192,10 @@ def test_best_of_returns_the_likeliest(model):
     expected = sorted((sum(v) / len(v) for v in means.values()), reverse=True)[:2]
     assert [sum(t.logprob for t in p.logprobs) / 6 for p in best] == pytest.approx(expected, abs=1e-6)
     assert [p.index for p in best] == [0, 1]
+    for seed in range(4):  # whoever spoke first need not be among the best
+        o = dict(temperature=1.0, seed=seed, max_new_tokens=6, best_of=6, prompt_logprobs=0)
+        engine.run([Request([5, 6, 7], Sampling(**o))], lambda i, p: best.append(p))
+        assert [t and t.token for t in best[-1].prompt_logprobs] == [None, 6, 7]
 
 
 def test_beam_search_equals_transformers(tmp_path):
@@ -300,6 +306,82 @@ def test_an_error_in_one_request_fails_that_one_alone(model):
     assert [t for g, p in pieces if g is good for t in p.token_ids] == expected[0][0]
 
 
+def test_prompts_that_wait_for_each_others_blocks_go_on():
+    model = make(max_position_embeddings=2048)
+    requests = [Request([t] * n, Sampling(temperature=0, max_new_tokens=4)) for t, n in ((5, 780), (6, 500), (7, 600))]
+    alone = [answers(engine_of(model, 40), [r])[0][0] for r in requests]
+    engine = engine_of(model, n_blocks=13)
+    groups, tokens = [engine.add(r) for r in requests], [[], [], []]
+    for _ in range(60):
+        for group, piece in engine.step():
+            tokens[groups.index(group)] += piece.token_ids
+    assert not engine.has_work
+    assert tokens == alone
+    assert engine.scheduler.blocks.used == 0
+
+
+def test_beams_beside_guesses(model):
+    beams = Sampling(beam_width=2, max_new_tokens=20)
+    requests = [Request([5, 6, 7, 5, 6, 7, 5, 6], o) for o in (beams, GREEDY)]
+    expected = answers(engine_of(model), requests)
+    assert answers(engine_of(model, speculate="ngram"), requests) == expected
+
+
+def test_beams_go_on_where_ends_are_likely(model):
+    """All of the likeliest tokens may be ends: the next ones go on, and a search that has nothing left is over."""
+    first = [answers(engine_of(model), [Request([5, 6], Sampling(temperature=0, max_new_tokens=1))])[0][0][0]]
+    while len(first) < 4:
+        bias = dict.fromkeys(first, -10000.0)
+        first += answers(
+            engine_of(model), [Request([5, 6], Sampling(temperature=0, max_new_tokens=1, logit_bias=bias))]
+        )[0][0]
+    options = Sampling(beam_width=1, max_new_tokens=3, stop_token_ids=first)
+    ((tokens, _),) = answers(engine_of(model), [Request([5, 6], options)])
+    assert not set(tokens) & set(first)
+    every = Sampling(beam_width=2, max_new_tokens=3, stop_token_ids=list(range(97)))
+    assert answers(engine_of(model), [Request([5, 6], every)])[0][0] == []
+
+
+def test_several_streams_may_be_open(model):
+    engine = engine_of(model)
+    expected = [answers(engine_of(model), [Request(p, GREEDY)])[0][0] for p in PROMPTS]
+    streams = [engine.stream([Request(p, GREEDY)]) for p in PROMPTS]
+    pieces = [[next(s)] for s in streams]
+    for s, seen in reversed(list(zip(streams, pieces))):
+        seen += s
+    assert [[t for _, p in seen for t in p.token_ids] for seen in pieces] == expected
+
+    def work(i):
+        return [[t for _, p in engine.stream([Request(PROMPTS[i], GREEDY)]) for t in p.token_ids] for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(work, range(4))):
+            assert found == [expected[i]] * 5
+    left = engine.stream([Request(PROMPTS[0], GREEDY)])
+    next(left)
+    left.close()
+    assert engine.scheduler.blocks.used == 0
+    assert not engine.inboxes
+
+
+def test_new_weights_that_do_not_fit_leave_the_old_ones(model, monkeypatch):
+    engine = engine_of(model, max_num_seqs=1)
+    groups = [engine.add(Request(p, GREEDY)) for p in PROMPTS[:2]]
+    engine.step()
+    tokens, errors = {groups[0]: groups[0].sequences[0].new, groups[1]: []}, []
+    engine.options = EngineOptions(kv_memory=1e-6)
+    engine.replace(make(seed=5))
+    while engine.has_work:
+        try:
+            for group, piece in engine.step():
+                tokens[group] += piece.token_ids
+        except PagodaError as e:
+            errors.append(str(e))
+    assert len(errors) == 1
+    assert "kv_memory is too small" in errors[0]
+    assert [tokens[g] for g in groups] == [recompute(model, p, 12) for p in PROMPTS[:2]]
+
+
 def test_new_weights_wait_for_what_runs(model):
     other = make(seed=5)
     engine = engine_of(model, max_num_seqs=1)
@@ -348,6 +430,7 @@ def test_impossible_prompts_are_refused(model, prompt, message):
     [
         (Request([1], GREEDY, adapter="none"), "no adapter 'none'"),
         (Request([1], Sampling(logit_bias={97: 1.0})), "token 97"),
+        (Request([1], Sampling(stop_token_ids=[97], min_new_tokens=3)), "stop_token_ids: token 97"),
         (Request([1], Sampling(beam_width=100, max_new_tokens=390)), "beams do not fit"),
     ],
 )

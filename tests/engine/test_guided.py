@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from pagoda import LLM, PagodaError
-from pagoda.engine.options import Guided
+from pagoda.engine.engine import Engine
+from pagoda.engine.options import EngineOptions, Guided, Sampling
+from pagoda.engine.request import Request
 
 SCHEMA = {
     "type": "object",
@@ -66,6 +68,14 @@ def test_answers_follow_patterns_choices_and_grammars(llm):
 def test_what_makes_no_sense_is_refused(llm, guided, message):
     with pytest.raises(PagodaError, match=message):
         llm.generate("x", guided=Guided(**guided))
+
+
+def test_guesses_do_not_cut_a_guided_answer_short(llm):
+    choice = Guided(choice=["one two three one two three one two three!"])
+    engine = Engine(llm.model, llm.tokenizer, EngineOptions(kv_memory=0.1, speculate="ngram"))
+    request, text = Request(llm.encode("one two three one two three one"), Sampling(guided=choice)), []
+    engine.run([request], lambda i, piece: text.append(piece.text))
+    assert "".join(text) == "one two three one two three one two three!"
 
 
 def test_one_thing_can_be_asked_for():

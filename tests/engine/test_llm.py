@@ -8,8 +8,10 @@ import tiny
 import torch
 
 from pagoda import LLM, PagodaError, Sampling
+from pagoda.data.vocabulary import byte_tokenizer
 from pagoda.engine.llm import load_model
 from pagoda.engine.options import Weights
+from pagoda.engine.request import Request
 from pagoda.models.batch import Batch
 from pagoda.ops import cpu
 from pagoda.ops.formats import PackedWeight
@@ -26,6 +28,18 @@ def test_nf4_is_invariant_when_asked(tmp_path):
         alone = model(prompts[0])
     if cpu.kernels is not None:
         assert torch.equal(together[:50], alone)
+
+
+def test_a_stream_may_stay_open_beside_other_answers(tmp_path):
+    tiny.saved("llama", tmp_path)
+    byte_tokenizer().save(tmp_path)
+    llm, options = LLM.load(tmp_path), dict(temperature=0, max_new_tokens=20, ignore_eos=True)
+    whole, other = (llm.generate(t, **options).token_ids for t in ([5, 6, 7], [8, 9]))
+    pieces = llm.engine.stream([Request([5, 6, 7], Sampling(**options))])
+    seen = list(next(pieces)[1].token_ids)
+    assert llm.generate([8, 9], **options).token_ids == other
+    assert seen + [t for _, piece in pieces for t in piece.token_ids] == whole
+    assert len(llm.generate([5, 6, 7], Sampling(**options), max_new_tokens=3).token_ids) == 3
 
 
 def test_two_models_in_two_threads(tmp_path):

@@ -1,5 +1,7 @@
 """Adapters side by side: in one batch every request gets what a model with its adapter alone would say."""
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -101,6 +103,48 @@ def test_what_cannot_be_shared_is_refused_and_changes_nothing(folder, i):
     assert not adapter.adapters(model)
     with pytest.raises(PagodaError, match="no adapter_config"):
         engine.load_adapter("x", folder / "nowhere")
+
+
+def test_an_adapter_under_a_name_takes_the_place_of_the_old_one(folder):
+    """In the cache too; and not while it is asked for."""
+    prompt = tiny.prompt(45, seed=3).tolist()
+    engine, fresh = (Engine(load(folder, torch.float32), options=OPTIONS) for _ in range(2))
+    engine.load_adapter("a", folder / "adapter-0")
+    fresh.load_adapter("a", folder / "adapter-1")
+    said(engine, [Request(prompt, GREEDY, adapter="a")])
+    group = engine.add(Request(prompt, GREEDY, adapter="a"))
+    with pytest.raises(PagodaError, match="in use"):
+        engine.load_adapter("a", folder / "adapter-1")
+    engine.abort(group)
+    engine.load_adapter("a", folder / "adapter-1")
+    requests = [Request(prompt, GREEDY, adapter="a")]
+    assert said(engine, requests) == said(fresh, requests)
+
+
+def test_an_adapter_that_the_model_itself_puts_on_is_worn_at_once(folder):
+    model, other = (load(folder, torch.float32, quantize="float32") for _ in range(2))
+    engine, prompt = Engine(model, options=OPTIONS), tiny.prompt(45, seed=3).tolist()
+    bare = said(engine, [Request(prompt, GREEDY)])
+    for each in (model, other):
+        load_adapter(each, folder / "adapter-0")
+    dressed = said(engine, [Request(prompt, GREEDY)])
+    assert dressed == said(Engine(other, options=OPTIONS), [Request(prompt, GREEDY)]) != bare
+
+
+def test_who_waits_for_an_adapter_that_is_gone_hears_of_it(folder, tmp_path):
+    shutil.copytree(folder / "adapter-0", tmp_path / "adapter")
+    engine = Engine(load(folder, torch.float32), options=EngineOptions(kv_memory=0.05, max_num_seqs=1))
+    engine.load_adapter("a", tmp_path / "adapter")
+    groups = [engine.add(Request(PROMPTS[0], GREEDY, adapter=name)) for name in (None, "a", None)]
+    engine.step()
+    shutil.rmtree(tmp_path / "adapter")
+    engine.replace(load(folder, torch.float32))
+    reasons = {}
+    while engine.has_work:
+        reasons |= {g: (p.finish_reason, p.error) for g, p in engine.step() if p.finish_reason}
+    assert [reasons[g][0] for g in groups] == ["length", "error", "length"]
+    assert "adapter 'a' does not go on the new weights" in reasons[groups[1]][1]
+    assert engine.adapters.names == []
 
 
 def test_new_weights_keep_the_adapters(folder):

@@ -231,8 +231,9 @@ def test_template_variables_and_content_parts(tiny_server):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {"messages": [{"role": "developer", "content": parts}]}
     assert bytes(tiny_server.post("/tokenize", json=body).json()["tokens"]) == b"<system>ab\n<assistant>"
-    told = tiny_server.post("/v1/chat/completions", json=chat(chat_template_kwargs={"messages": []}))
-    assert (told.status_code, "messages" in told.json()["error"]["message"]) == (400, True)
+    for name in ("messages", "template", "self"):
+        told = tiny_server.post("/v1/chat/completions", json=chat(chat_template_kwargs={name: "x"}))
+        assert (told.status_code, name in told.json()["error"]["message"]) == (400, True)
 
 
 # langchain ----------------------------------------------------------------------------------------------------------

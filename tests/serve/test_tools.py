@@ -64,6 +64,8 @@ PLAIN = [
     ("hermes", "<tool_call>\nnothing\n</tool_call>"),
     ("hermes", '<tool_call>{"name": "launch", "arguments": {}}</tool_call>'),
     ("hermes", '<tool_call>{"name": broken'),
+    ("hermes", '<tool_call>{"name": "f\\q", "arguments": {}}</tool_call>'),
+    ("hermes", '<tool_call>{"name": "get\n", "arguments": {}}</tool_call>'),
     ("hermes", "ends with <tool_c"),
     ("llama3", '{"answer": 42}'),
     ("llama3", '{"name": "launch", "parameters": {}}'),
@@ -78,6 +80,11 @@ PLAIN = [
 @pytest.mark.parametrize(("format", "text"), PLAIN)
 def test_what_is_no_call_comes_out_as_text(format, text, size):
     assert read(format, text, size) == (text, [])
+
+
+def test_half_a_surrogate_pair_in_arguments_can_be_sent():
+    _, calls = read("hermes", '<tool_call>{"arguments": {"a": "x\\ud83d"}, "name": "add"}</tool_call>', None)
+    assert calls == [("add", {"a": "x?"})]
 
 
 def test_arguments_stream_as_they_come():
