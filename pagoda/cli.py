@@ -6,6 +6,7 @@ Results go to standard output, everything else to standard error. What a user ca
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json as json_module
 import os
@@ -622,9 +623,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as e:  # a file that may not be read, a full disk
-        if e.filename is None:
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        note(f"pagoda: {e.strerror}: {e.filename}")
+        note(f"pagoda: {e.strerror}: {e.filename or 'standard output'}")
+        if e.filename is None:  # what is still to be written would fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     return 0
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 # The precision names of every command (torch dtype names by what users type).
+CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "float16": "float16", "fp16": "float16"}
 
 
@@ -125,7 +126,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Yields the temporary path. Nothing half-written is ever seen under `path`; on an error the temporary is removed.
     An existing file is replaced at once; an existing directory must be empty.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # `.` has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -171,9 +172,11 @@ def free_memory(device: torch.device) -> int:
     if (meminfo := Path("/proc/meminfo")).is_file():
         kib = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
         free = int(kib.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()).isdigit():
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    if (CGROUP / "memory.max").is_file() and (most := (CGROUP / "memory.max").read_text().strip()).isdigit():
+        used = int((CGROUP / "memory.current").read_text())
+        kept = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(kept.get("inactive_file", 0)) + int(kept.get("active_file", 0))  # pages of files give way
+        free = min(free, int(most) - used)
     return free
 
 

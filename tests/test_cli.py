@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -9,10 +10,12 @@ import pytest
 import tiny
 import torch
 
-from pagoda import Sampling, cli
+from pagoda import Sampling, cli, common
 from pagoda.cli import COMMANDS, main
-from pagoda.evaluate.bench import bench
-from pagoda.models.loader import load
+from pagoda.data.vocabulary import byte_tokenizer
+from pagoda.evaluate.bench import bench, decode_bytes
+from pagoda.models.layers import dense, weights_of
+from pagoda.models.loader import load, save
 from pagoda.ops import cpu
 from pagoda.ops.cpu.record import Recording
 
@@ -190,6 +193,56 @@ def test_bench_counts_the_bytes_and_the_time_of_a_step(tmp_path, capsys):
     if cpu.kernels is not None:
         assert {"attention", "linear", "rms_norm"} <= set(speed["decode_step_ms"])
         assert min(speed["decode_step_ms"].values()) > 0
+
+
+def test_of_experts_only_those_that_can_be_chosen_are_read(tmp_path):
+    config = tiny.saved("mixtral", tmp_path).config  # 4 experts, of which 2 take each token
+    sizes = {}
+    for quantize in (None, "float32"):
+        model = load(tmp_path, torch.float32, quantize=quantize)
+        assert model.n_params() == sum(p.numel() for p in tiny.make("mixtral").parameters())
+        sizes[quantize] = [decode_bytes(model, torch.float32, 1, batch) for batch in (1, 2, 100)]
+    one = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size * 4
+    cache = sum(spec.page_bytes(1, torch.float32) for spec in model.cache_specs())
+    a, b, c = sizes[None]
+    assert b - a == 2 * one + cache
+    assert c - b == 98 * cache
+    if cpu.kernels is not None:
+        assert sizes["float32"][1] > sizes["float32"][0] + one
+
+
+def test_a_mixture_of_packed_experts_is_saved(tmp_path):
+    tiny.saved("mixtral", tmp_path / "m")
+    model = load(tmp_path / "m", torch.float32, quantize="nf4")
+    save(model, tmp_path / "again")
+    for (name, ours), (_, theirs) in zip(weights_of(load(tmp_path / "again")), weights_of(model)):
+        assert torch.equal(ours, dense(theirs)), name
+
+
+def test_the_directory_that_one_is_in_can_be_written(tmp_path, monkeypatch, capsys):
+    tiny.saved("llama", tmp_path / "m")
+    byte_tokenizer().save(tmp_path / "m")
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    assert main(["convert", str(tmp_path / "m"), "."]) == 0
+    assert (tmp_path / "new" / "config.json").is_file()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_standard_output_costs_one_line():
+    command = [sys.executable, "-m", "pagoda", "models"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "pagoda: No space left on device: standard output\n"
+
+
+def test_pages_of_files_are_no_used_memory(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("8000000\n")
+    (tmp_path / "memory.current").write_text("7000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 5000000\nactive_file 1000000\n")
+    monkeypatch.setattr(common, "CGROUP", tmp_path)
+    assert common.free_memory(torch.device("cpu")) == 7_000_000
 
 
 def test_bench_times_the_step_of_all_sequences(tmp_path, monkeypatch):

@@ -280,6 +280,7 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 # tokenizer.ggml.token_type, and the piece types of SentencePiece: the same numbers.
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_TURN_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"}
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -322,11 +323,13 @@ def _from_gguf(path: Path) -> Tokenizer:
     # Where the file does not say, llama.cpp adds a BOS for these.
     add_bos = meta.get("tokenizer.ggml.add_bos_token", kind == "llama" or PRE_TOKENIZERS.get(pre) in (_LLAMA3, _TEKKEN))
     add_eos = meta.get("tokenizer.ggml.add_eos_token", kind == "t5")
+    # the ends of text, of a turn, and of a message; where a file forgets those, llama.cpp knows them by their texts
+    ends = [meta[key] for name in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{name}_token_id") in meta]
+    ends += [id for id, (text, kind) in enumerate(zip(tokens, types)) if kind == _CONTROL and text in _TURN_ENDS]
     result = Tokenizer(
         backend,
         special,
-        # the ends of text, of a turn, and of a message
-        [meta[key] for name in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{name}_token_id") in meta],
+        ends,
         meta.get("tokenizer.chat_template"),
         {"clean_up_tokenization_spaces": False},
     )

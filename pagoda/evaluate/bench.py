@@ -95,12 +95,16 @@ def bench(
 
 
 def decode_bytes(model: GPT, kv_dtype: torch.dtype, context: int, batch: int) -> int:
-    """Bytes that one decode step must read: every weight once (of the embedding one row), and each sequence's cache."""
+    """Bytes that one decode step must read: every weight once (of the embedding one row, of experts as many as can be
+    chosen), and each sequence's cache."""
     weights = {id(w): w for name, w in weights_of(model) if name not in ("embed.weight", "pos_embed.weight")}
     read = 0
     for w in weights.values():
-        parts = list(w) if isinstance(w, torch.nn.ModuleList) else [w]
-        read += sum(p.nbytes if isinstance(p, PackedWeight) else p.numel() * p.element_size() for p in parts)
+        experts = isinstance(w, torch.nn.ModuleList) or (model.config.n_expert and len(w.shape) == 3)
+        parts = list(w) if experts else [w]
+        size = sum(p.nbytes if isinstance(p, PackedWeight) else p.numel() * p.element_size() for p in parts)
+        chosen = min(len(parts), batch * model.config.n_expert_per_token) if experts else 1
+        read += size * chosen // len(parts)
     windows = model.config.windows
     for spec, window in zip(model.cache_specs(), windows):
         read += batch * spec.page_bytes(1, kv_dtype) * (min(window, context) if window else context)

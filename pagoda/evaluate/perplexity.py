@@ -14,6 +14,7 @@ import torch
 
 from pagoda.common import PagodaError
 from pagoda.engine.llm import LLM
+from pagoda.engine.request import check_tokens
 from pagoda.models.batch import Batch
 
 STEP_TOKENS = 4096  # windows that share a forward pass hold at most so many tokens
@@ -39,6 +40,7 @@ def perplexity(llm: LLM, text: str, window: int = 1024, max_windows: int | None 
     ids = llm.tokenizer.encode(text)
     if len(ids) < 2:
         raise PagodaError("the text has fewer than two tokens: there is nothing to score")
+    check_tokens(ids, llm.model.config.vocab_size)
     windows = [ids[i : i + window] for i in range(0, max(1, len(ids) - window + 1), window)][:max_windows]
     total = sum(loss for group in batches(windows) for loss in losses(llm, group))
     n = sum(len(w) - 1 for w in windows)

@@ -421,6 +421,8 @@ def _rope_scaling(gguf: GGUF, arch: str, config: dict) -> dict[str, Any] | None:
         scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         plain = {"rope_theta": config["rope_theta"]}
         inverse = [Rope(p, config["head_dim"], 8192).frequencies()[0].numpy() for p in (plain, plain | scaling)]
+        if factors.shape != inverse[0].shape:
+            raise PagodaError(f"{gguf.path}: rope_freqs.weight has {factors.size} factors, not {inverse[0].size}")
         if np.allclose(factors, inverse[0] / inverse[1], rtol=1e-3):
             return scaling
         # Not Llama 3's own parameters: longrope divides each frequency by a factor of its own, which says the same.
@@ -434,7 +436,7 @@ def _rope_scaling(gguf: GGUF, arch: str, config: dict) -> dict[str, Any] | None:
         }
     kind = meta.get(prefix + "type", "linear")
     factor = meta.get(prefix + "factor", meta.get(f"{arch}.rope.scale_linear", 1.0))
-    if kind == "none" or (kind == "linear" and factor == 1.0):
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}

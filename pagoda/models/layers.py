@@ -165,7 +165,7 @@ def dense(weight: Tensor | PackedWeight | nn.ModuleList, dtype: torch.dtype | No
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedWeight | nn.ModuleList]]:
     """(name, weight) of every parameter, packed weights as one each; a shared one comes under each of its names."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PackedWeight):
+        if is_packed(module):
             continue
         packed = [(name, child) for name, child in module.named_children() if is_packed(child)]
         for name, weight in [*module._parameters.items(), *packed]:

@@ -379,8 +379,12 @@ def find_weights(model: GPT, checkpoint: Checkpoint, path: Path) -> dict[str, st
     unexpected = {n for n in names - wanted if not IGNORED.search(n)}
     if model.ignored:
         unexpected = {n for n in unexpected if not re.search(model.ignored, n)}
-    if model.config.tie_embeddings:
-        unexpected.discard(f"{model.names['head']}.weight")
+    head = f"{model.names['head']}.weight"
+    if model.config.tie_embeddings and head in unexpected:
+        unexpected.discard(head)
+        embed = sources["embed.weight"]
+        if not missing and not torch.equal(checkpoint.read(head), checkpoint.read(embed)):
+            problems.append(f"tie_word_embeddings is true, but {head} differs from {embed}: set it to false")
     if unexpected:
         problems.append(f"unexpected weights: {listed(list(unexpected))}")
     if problems:

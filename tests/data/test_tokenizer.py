@@ -199,6 +199,11 @@ def test_every_end_token_of_a_gguf_ends_a_generation(tmp_path, byte_level):
     assert load_tokenizer(path).eos_ids == [2, 0]
 
 
+def test_a_turn_ends_a_generation_where_the_gguf_forgets_to_say_so(tmp_path, byte_level):
+    path = byte_level_gguf(tmp_path / "m.gguf", byte_level, "llama-bpe", eos_token_id=0)
+    assert load_tokenizer(path).eos_ids == [0, 2]  # <|im_end|>
+
+
 def test_the_default_models_ids_equal_transformers(default_model):
     tokenizer = load_tokenizer(default_model)
     assert_equal_to_transformers(tokenizer, auto(default_model.parent, gguf_file=default_model.name))

@@ -398,7 +398,7 @@ def test_old_buffers_are_ignored(pair, tmp_path):
     from safetensors.torch import load_file, save_file
 
     for name, extra in {
-        "gpt2": ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias", "lm_head.weight"],
+        "gpt2": ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
         "gpt_neox": ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.rotary_emb.inv_freq"],
         "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq"],
     }.items():
@@ -410,6 +410,21 @@ def test_old_buffers_are_ignored(pair, tmp_path):
         (target / "config.json").write_bytes((path / "config.json").read_bytes())
         ids = tiny.prompt(12)
         assert torch.equal(load(target)(ids), ours(ids))
+
+
+def test_a_head_beside_a_tied_embedding_must_be_the_embedding(pair, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _, ours, path = pair("gpt2")
+    (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["transformer.wte.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    ids = tiny.prompt(12)
+    assert torch.equal(load(tmp_path)(ids), ours(ids))
+    save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(PagodaError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
