@@ -403,6 +403,7 @@ class Engine:
         """Take up an adapter, in place of one of that name. Raises PagodaError while requests for that run."""
         self._unused(name)
         self.adapters.load(name, path)
+        self.lost.pop(name, None)
         self.scheduler.blocks.clear()
 
     def drop_adapter(self, name: str) -> None:
