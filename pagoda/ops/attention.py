@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from pagoda.ops import cpu
 
-FEWER_KEYS = "seq_lens has fewer keys of a sequence than it has queries"
-
 
 def attention(
     q: Tensor,
@@ -74,7 +72,7 @@ def attention(
             keys, values = k[start:end], v[start:end]
         else:
             if lengths[s] < end - start:
-                raise ValueError(FEWER_KEYS)
+                raise ValueError("seq_lens has fewer keys of a sequence than it has queries")
             pages = block_table[s, : -(-lengths[s] // k.shape[1])]
             keys = _gather(k, pages, lengths[s], k_scale, q.dtype)
             values = _gather(v, pages, lengths[s], v_scale, q.dtype)
